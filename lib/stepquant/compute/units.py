@@ -1,0 +1,125 @@
+"""Finished units of work, kept under a key that covers all that made them.
+
+A unit (one block of one expert, one prompt ...) is a folder. It is written under a temporary name and renamed when it
+is complete, so it is finished or absent; a killed stage goes on with what is missing, and a unit whose code, params or
+inputs changed has another key, so a stale one is never found. Units live outside the DVC outs: DVC empties an out
+before its stage runs. A stage ends by gathering its units into the out by hardlink.
+
+    <root>/<key>/unit.json    {"files": {name: sha256}}, written last
+    <root>/<key>/...          the unit's files
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARKER = "unit.json"
+
+
+def content_key(**parts: Any) -> str:
+    """SHA-256 of the parts as canonical JSON: the same parts give the same key in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A finished unit: its folder, and the digest of its content (not of its key: equal bytes give equal digests)."""
+
+    folder: Path
+    digest: str
+
+
+class UnitStore:
+    """Units of one stage in one folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def find(self, key: str) -> Unit | None:
+        """The finished unit of this key, or None."""
+        marker = self.root / key / MARKER
+        if not marker.is_file():
+            return None
+        files = json.loads(marker.read_text())["files"]
+        if not all((self.root / key / name).is_file() for name in files):
+            shutil.rmtree(self.root / key)
+            return None
+        return Unit(self.root / key, _digest(files))
+
+    def make(self, key: str, work: Callable[[Path], None]) -> Unit:
+        """The unit of this key; work(folder) fills a new folder if it isn't there yet."""
+        found = self.find(key)
+        if found:
+            return found
+        partial = self.root / f".{key}.{uuid.uuid4().hex}.partial"
+        partial.mkdir()
+        try:
+            work(partial)
+            names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+            files = {name: _sha256(partial / name) for name in names}
+            _write_synced(partial / MARKER, json.dumps({"files": files}, indent=1, sort_keys=True))
+            os.rename(partial, self.root / key)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return Unit(self.root / key, _digest(files))
+
+    def drop(self, key: str) -> None:
+        """Remove a unit whose content nobody needs any more."""
+        shutil.rmtree(self.root / key, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written. Call it under the stage's lock only."""
+        for partial in self.root.glob(".*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
+    """Build the folder `out` from units (path inside it, "" for its top -> unit) by hardlink, and small text files.
+
+    It is built under a temporary name beside `out` and renamed, so `out` is whole or absent.
+    """
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        for place, unit in units.items():
+            shutil.copytree(unit.folder, partial / place, copy_function=_link, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
+        for name, text in texts.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_text(text)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without hardlinks.
+        shutil.copyfile(source, target)
+
+
+def _digest(files: dict[str, str]) -> str:
+    return content_key(files=files)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,247 @@
+"""The knobs: one strict model per section of params.yaml.
+
+There are no defaults here, on purpose: DVC sees only what stands in params.yaml, so every value has to stand there.
+A stage names the sections it reads and gets nothing else; `experts.<expert>.<section>` holds that expert's overrides.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stepquant.errors import UserError
+
+FormatName = Literal["int4", "mxfp4", "nvfp4"]
+Rounding = Literal["floor", "ceil"]
+Variant = Literal["bf16", "w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "full"]
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Compute(Section):
+    """Where and how arithmetic runs; part of the key of every cached unit."""
+
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: Positive
+
+
+class Model(Section):
+    """A local diffusers folder, or a hub id with a revision."""
+
+    source: str
+    revision: str | None
+
+
+class Sampling(Section):
+    """How a video is sampled, for calibration and for evaluation alike (diffusers' WanImageToVideoPipeline call)."""
+
+    height: Positive
+    width: Positive
+    num_frames: Positive
+    fps: Positive
+    steps: Positive
+    flow_shift: Annotated[float, Field(gt=0)]
+    guidance_scale: Annotated[float, Field(ge=1)]
+    guidance_scale_2: Annotated[float, Field(ge=1)]
+    max_sequence_length: Positive
+
+
+class Trajectories(Section):
+    """manifest: JSONL of calibration prompts; prompts: how many of its rows per split (null: all)."""
+
+    manifest: str
+    calibration_prompts: Positive | None
+    heldout_prompts: Positive | None
+
+
+class Capture(Section):
+    """Tokens kept per site and bin, for searches and for held-out errors; calls that run through a block at once."""
+
+    search_tokens: Positive
+    heldout_tokens: Positive
+    calls_per_chunk: Positive
+    seed: Seed
+
+
+class Format(Section):
+    """4-bit formats. The E8M0 roundings say how mxfp4 chooses a power-of-two scale; other formats do not read them."""
+
+    weight: FormatName
+    activation: FormatName
+    e8m0_weight: Rounding
+    e8m0_activation: Rounding
+
+
+class Smooth(Section):
+    """s = span(X)^alpha / span(W)^beta. alpha: one value, or `search` over the candidates; beta null means 1 - alpha."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
+    beta: Annotated[float, Field(ge=0, le=1)] | None
+    candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+
+
+class LowRank(Section):
+    rank: Annotated[int, Field(ge=0)]
+    seed: Seed
+
+
+class Gptq(Section):
+    damping: Annotated[float, Field(gt=0)]
+    act_order: bool
+    block_size: Positive
+
+
+class Clip(Section):
+    """Candidates of the clip search; the exponent offsets apply to mxfp4 activations only."""
+
+    ratios: Annotated[list[Annotated[float, Field(gt=0, le=2)]], Field(min_length=1)]
+    exponent_offsets: Annotated[list[Annotated[int, Field(ge=-4, le=4)]], Field(min_length=1)]
+
+    @field_validator("ratios", "exponent_offsets")
+    @classmethod
+    def _no_repeats(cls, value: list) -> list:
+        if len(set(value)) != len(value):
+            raise ValueError(f"values repeat: {value}")
+        return value
+
+
+class Generate(Section):
+    """manifest: JSONL of evaluation prompts; prompts: how many of its rows (null: all)."""
+
+    manifest: str
+    prompts: Positive | None
+
+
+class Evaluate(Section):
+    """Paired bootstrap over videos: resamples, and the share of them inside an interval."""
+
+    bootstrap_samples: Positive
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+
+class Report(Section):
+    title: Annotated[str, Field(min_length=1)]
+
+
+class Bins(Section):
+    """Timestep bins per expert: a count, or edges in t."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    __pydantic_extra__: dict[str, Positive | list[float]]
+
+
+SECTIONS: dict[str, Any] = {
+    "compute": Compute,
+    "model": Model,
+    "sampling": Sampling,
+    "trajectories": Trajectories,
+    "bins": Bins,
+    "capture": Capture,
+    "format": Format,
+    "smooth": Smooth,
+    "lowrank": LowRank,
+    "gptq": Gptq,
+    "clip": Clip,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+OVERRIDABLE = ("format", "smooth", "lowrank", "gptq", "clip")
+LISTS = ("variants", "experts")
+
+
+class _Whole(BaseModel):
+    """The lists that dvc.yaml's matrices run over."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    experts: dict[str, dict[str, dict[str, Any]]]
+
+    @model_validator(mode="after")
+    def _known_overrides(self) -> "_Whole":
+        for expert, sections in self.experts.items():
+            if set(sections) != set(OVERRIDABLE):
+                raise ValueError(f"experts.{expert} has {sorted(sections)}; allowed: exactly {sorted(OVERRIDABLE)} (empty is fine)")
+        return self
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The whole file as plain data. Raises UserError if it is missing or is not YAML of sections."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `stepquant profile demo` writes one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: found {type(raw).__name__}; expected sections such as {', '.join(SECTIONS)}")
+    unknown = sorted(set(raw) - set(SECTIONS) - set(LISTS))
+    if unknown:
+        raise UserError(f"{path}: unknown section '{unknown[0]}'; allowed: {', '.join([*SECTIONS, *LISTS])}")
+    return raw
+
+
+def section(path: Path, name: str, expert: str | None = None) -> Any:
+    """One validated section, with the expert's overrides merged in if an expert is named and the section has them."""
+    raw = read_params(path)
+    values = _take(raw, path, name)
+    prefix = name
+    if expert is not None and name in OVERRIDABLE:
+        overrides = _take(raw, path, f"experts.{expert}.{name}")
+        if overrides:
+            values, prefix = values | overrides, f"experts.{expert}.{name} over {name}"
+    return _validate(SECTIONS[name], values, path, prefix)
+
+
+def variants(path: Path) -> list[str]:
+    """The variants that are packed, sampled and compared."""
+    return _validate(_Whole, read_params(path), path, "").variants
+
+
+def check(path: Path, names: Iterable[str] = tuple(SECTIONS)) -> None:
+    """Validate the whole file: every section, and every section as each expert sees it. Raises UserError."""
+    whole = _validate(_Whole, read_params(path), path, "")
+    for name in names:
+        section(path, name)
+        for expert in whole.experts if name in OVERRIDABLE else ():
+            section(path, name, expert)
+
+
+def _take(raw: dict[str, Any], path: Path, dotted: str) -> dict[str, Any]:
+    node: Any = raw
+    for part in dotted.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise UserError(f"{path}: missing key '{dotted}'")
+        node = node[part]
+    if not isinstance(node, dict):
+        raise UserError(f"{path}: {dotted}: found {node!r}; expected a section of keys")
+    return node
+
+
+def _validate(model: Any, values: dict[str, Any], path: Path, prefix: str) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_message(error, model, path, prefix)) from None
+
+
+def _message(error: ValidationError, model: Any, path: Path, prefix: str) -> str:
+    first = error.errors()[0]
+    # Only the first part of a location is a key: the rest are list positions and the branches of a union.
+    field = first["loc"][:1]
+    key = ".".join([prefix] * bool(prefix) + [str(part) for part in field])
+    allowed = ", ".join(model.model_fields)
+    if first["type"] == "extra_forbidden":
+        return f"{path}: {key}: unknown parameter; allowed: {allowed}"
+    if first["type"] == "missing":
+        return f"{path}: {key}: missing; expected the keys {allowed}"
+    reasons = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][:1] == field)
+    return f"{path}: {key}: found {first['input']!r}; {'; or '.join(reasons)}"
