@@ -1,0 +1,18 @@
+"""4-bit number formats: scales, encoding, decoding and packing. Pure functions of tensors, on any device."""
+
+from stepquant.formats.core import Format, Scales, check_finite, check_groups
+from stepquant.formats.nibbles import pack_nibbles, unpack_nibbles
+from stepquant.formats.nvfp4 import nvfp4_tensor_scale
+from stepquant.formats.registry import get_format, weight_scales
+
+__all__ = [
+    "Format",
+    "Scales",
+    "check_finite",
+    "check_groups",
+    "get_format",
+    "nvfp4_tensor_scale",
+    "pack_nibbles",
+    "unpack_nibbles",
+    "weight_scales",
+]

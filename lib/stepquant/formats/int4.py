@@ -1,0 +1,49 @@
+"""int4: signed integers, one bfloat16 scale per 64 values.
+
+Storage contract of x [..., K]:
+    codes   uint8 [..., K]      two's-complement nibble: 0..7 are 0..7, 8..15 are -8..-1
+    scales  bfloat16 [..., K/64]
+    x = code * scale
+
+The scale is absmax * clip / 7 (SVDQuant, arXiv 2411.05007, section 2, symmetric with q_max = 7), rounded to bfloat16
+before any value is divided by it, so that what is encoded is what will be decoded. -8 is emitted only when a clip
+below 1 pushes a value there.
+"""
+
+import torch
+from torch import Tensor
+
+from stepquant.formats.core import Format, Scales, check_absent
+
+# A scale of zero would divide zero by zero; the smallest normal number decodes an all-zero group to exact zeros.
+_SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
+
+
+class Int4(Format):
+    name = "int4"
+    group = 64
+    bits = 4 + 16 / 64
+
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+        check_absent(self, exponent_offset, tensor)
+        scale = (self._amax(x) * clip / 7).clamp(min=_SMALLEST_SCALE)
+        return Scales(scale.bfloat16(), None)
+
+    def tensor_scale(self, x: Tensor) -> None:
+        return None
+
+    def _step(self, scales: Scales) -> Tensor:
+        return scales.group.float().unsqueeze(-1)
+
+    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
+        return groups.float() / self._step(scales)
+
+    def _round(self, y: Tensor) -> Tensor:
+        return y.round_().clamp_(-8, 7)
+
+    def _to_codes(self, y: Tensor) -> Tensor:
+        return self._round(y).to(torch.int8).view(torch.uint8) & 0x0F
+
+    def _from_codes(self, codes: Tensor) -> Tensor:
+        # Flipping the sign bit maps the nibble's order 0..7, -8..-1 to 8..15, 0..7, eight above its value.
+        return (codes ^ 8).float().sub_(8)

@@ -1,0 +1,70 @@
+"""mxfp4: E2M1 elements, one power-of-two scale per 32 values (OCP Microscaling Formats 1.0, sections 5.2 and 6.3).
+
+Storage contract of x [..., K]:
+    codes   uint8 [..., K]      E2M1, see e2m1.py
+    scales  uint8 [..., K/32]   E8M0: byte e is 2^(e - 127), e in 0..254 (255 is NaN and never written)
+    x = value(code) * 2^(e - 127)
+
+The exponent of a group with largest magnitude amax (clip included):
+    "floor"  floor(log2(amax)) - 2       the specification's rule; magnitudes in (6, 8) * scale saturate at 6
+    "ceil"   ceil(log2(amax / 6))        nothing saturates
+then + exponent_offset, kept within 0..254. A group of zeros gets e = 0, before the offset.
+"""
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import UserError
+from stepquant.formats.core import Format, Scales
+from stepquant.formats.e2m1 import E2M1_MAX, from_e2m1_codes, round_e2m1, to_e2m1_codes
+
+_BIAS = 127
+_LARGEST = 254
+
+
+class Mxfp4(Format):
+    name = "mxfp4"
+    group = 32
+    bits = 4 + 8 / 32
+
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+        if tensor is not None:
+            raise UserError("per-tensor scale: mxfp4 has none; allowed: None")
+        amax = self._amax(x) * clip
+        if rounding == "floor":
+            exponent = _floor_log2(amax) - 2
+        elif rounding == "ceil":
+            exponent = _ceil_log2(amax / E2M1_MAX)
+        else:
+            raise UserError(f"rounding of the mxfp4 scale: {rounding!r}; allowed: 'floor', 'ceil'")
+        biased = torch.where(amax > 0, exponent + _BIAS, 0) + exponent_offset
+        return Scales(biased.clamp(0, _LARGEST).to(torch.uint8), None)
+
+    def tensor_scale(self, x: Tensor) -> None:
+        return None
+
+    def _step(self, scales: Scales) -> Tensor:
+        return scales.group.view(torch.float8_e8m0fnu).float().unsqueeze(-1)
+
+    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
+        return groups.float() * self._step(scales).reciprocal()  # exact: both are powers of two
+
+    def _round(self, y: Tensor) -> Tensor:
+        return round_e2m1(y)
+
+    def _to_codes(self, y: Tensor) -> Tensor:
+        return to_e2m1_codes(y)
+
+    def _from_codes(self, codes: Tensor) -> Tensor:
+        return from_e2m1_codes(codes)
+
+
+def _floor_log2(a: Tensor) -> Tensor:
+    """floor(log2(a)) of a > 0 (float32), int32; exact, which log2 in floating point is not."""
+    return torch.frexp(a).exponent - 1
+
+
+def _ceil_log2(a: Tensor) -> Tensor:
+    """ceil(log2(a)) of a > 0 (float32), int32; exact."""
+    mantissa, exponent = torch.frexp(a)  # a = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return exponent - (mantissa == 0.5).int()

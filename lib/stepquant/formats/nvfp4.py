@@ -1,0 +1,63 @@
+"""nvfp4: E2M1 elements, one E4M3 scale per 16 values, one float32 scale per tensor (NVIDIA, arXiv 2509.25149, appendix A).
+
+Storage contract of x [..., K]:
+    codes   uint8 [..., K]               E2M1, see e2m1.py
+    scales  float8_e4m3fn [..., K/16]    2^-6 .. 448
+    tensor  float32 []                   1 for dynamic activations
+    x = value(code) * (tensor * scale)
+
+The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and kept among its normal numbers; x is multiplied with
+(1 / tensor) / scale before rounding, in this order. Both are what torchao's NVFP4Tensor does.
+"""
+
+import torch
+from torch import Tensor
+
+from stepquant.formats.core import Format, Scales, check_absent
+from stepquant.formats.e2m1 import E2M1_MAX, from_e2m1_codes, round_e2m1, to_e2m1_codes
+
+_E4M3 = torch.finfo(torch.float8_e4m3fn)
+# (1 / tensor) / scale must stay finite for the smallest group scale, 2^-6.
+_SMALLEST_TENSOR_SCALE = 2.0**-121
+
+
+class Nvfp4(Format):
+    name = "nvfp4"
+    group = 16
+    bits = 4 + 8 / 16
+
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+        check_absent(self, exponent_offset, None)
+        if tensor is None:
+            tensor = torch.ones((), dtype=torch.float32, device=x.device)
+        scale = self._amax(x) * clip / E2M1_MAX / tensor
+        return Scales(scale.clamp(_E4M3.tiny, _E4M3.max).to(torch.float8_e4m3fn), tensor)
+
+    def tensor_scale(self, x: Tensor) -> Tensor:
+        return nvfp4_tensor_scale(x)
+
+    def _step(self, scales: Scales) -> Tensor:
+        return (scales.tensor * scales.group.float()).unsqueeze(-1)
+
+    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
+        inverse = scales.tensor.reciprocal() / scales.group.float()
+        return groups.float() * inverse.unsqueeze(-1)
+
+    def _round(self, y: Tensor) -> Tensor:
+        return round_e2m1(y)
+
+    def _to_codes(self, y: Tensor) -> Tensor:
+        return to_e2m1_codes(y)
+
+    def _from_codes(self, codes: Tensor) -> Tensor:
+        return from_e2m1_codes(codes)
+
+
+def nvfp4_tensor_scale(x: Tensor) -> Tensor:
+    """Per-tensor scale absmax / (6 * 448) of x (any shape, any float dtype), float32 []; 1 if x is all zeros.
+
+    Rounded to bfloat16, because vLLM-Omni stores it so and the group scales must be computed with the stored value.
+    """
+    amax = x.abs().amax().float()
+    scale = (amax / (E2M1_MAX * _E4M3.max)).clamp(min=_SMALLEST_TENSOR_SCALE).bfloat16().float()
+    return torch.where(amax > 0, scale, 1.0)
