@@ -1,0 +1,76 @@
+"""A quantized linear in memory, in the layout of stepquant.checkpoint.layout."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
+from stepquant.formats import Scales, pack_nibbles
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """The tensors that replace the weight of one linear; None where the layout has no such tensor."""
+
+    qweight: Tensor
+    wscales: Tensor
+    smooth_factor: Tensor
+    wtscale: Tensor | None = None
+    wcscales: Tensor | None = None
+    proj_down: Tensor | None = None
+    proj_up: Tensor | None = None
+    clip_ratio: Tensor | None = None
+    clip_exponent: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, without the absent ones."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def check(self, settings: QuantizationSettings, N: int, K: int) -> None:
+        """Raises ValueError unless names, shapes and dtypes are those of a quantized [N, K] linear."""
+        found = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
+        expected = linear_layout(settings, N, K)
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if wrong:
+            differences = "; ".join(f"{n} is {found.get(n)}, expected {expected.get(n)}" for n in wrong)
+            raise ValueError(f"packed linear does not fit its settings: {differences}")
+
+
+def pack_linear(
+    codes: Tensor,
+    scales: Scales,
+    smooth: Tensor,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    clip_ratio: Tensor | None,
+    clip_exponent: Tensor | None,
+) -> PackedLinear:
+    """Packs the 4-bit codes of one linear and lays its scales out as stored.
+
+    codes: uint8 [N, K], 0..15. scales: as Format.scales or weight_scales gave them, group [N, K/G].
+    smooth bfloat16 [K], proj_down bfloat16 [K, R] for the raw input, proj_up bfloat16 [N, R] (both None for rank 0),
+    clip_ratio float32 [bins] (None if activations stay unquantized), clip_exponent int8 [bins] (None unless they are mxfp4).
+
+    Nothing is rounded here, because what was rounded after the residual was formed would not be corrected by it:
+    raises ValueError if the tensor scale is no bfloat16 value, and PackedLinear.check finds any other dtype.
+    """
+    N, _ = codes.shape
+    wtscale = wcscales = None
+    if scales.tensor is not None:
+        wtscale = scales.tensor.to(torch.bfloat16).reshape(1)
+        if wtscale.item() != scales.tensor.item():
+            raise ValueError(f"tensor scale {scales.tensor.item()} is no bfloat16 value; round it before computing group scales")
+        wcscales = torch.ones(N, dtype=torch.bfloat16, device=codes.device)
+    return PackedLinear(
+        qweight=pack_nibbles(codes).view(torch.int8),
+        wscales=scales.group.T.contiguous(),
+        smooth_factor=smooth,
+        wtscale=wtscale,
+        wcscales=wcscales,
+        proj_down=proj_down,
+        proj_up=proj_up,
+        clip_ratio=clip_ratio,
+        clip_exponent=clip_exponent,
+    )

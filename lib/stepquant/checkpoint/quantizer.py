@@ -1,0 +1,115 @@
+"""Lets diffusers load a quantized denoiser: the quantizer and config class behind "quant_method": "stepquant".
+
+`register()` makes them known to diffusers; after it, `WanTransformer3DModel.from_pretrained`, the pipeline's
+`from_pretrained` and `save_pretrained` work on our folders as on any other.
+"""
+
+from enum import Enum
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from stepquant.checkpoint.layout import QUANT_METHOD, QuantizationSettings
+from stepquant.errors import UserError
+from stepquant.runtime.linear import W4A4Linear
+from stepquant.runtime.timestep import follow_timestep
+
+
+def register() -> None:
+    """Makes diffusers able to load stepquant checkpoints. Calling it again changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StepquantConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StepquantQuantizer
+
+
+class _Method(str, Enum):
+    """diffusers reads `quant_method.value`, so a plain string will not do."""
+
+    STEPQUANT = QUANT_METHOD
+
+
+class StepquantConfig(QuantizationConfigMixin):
+    """diffusers' view of QuantizationSettings. Raises UserError for an unknown version or missing or wrong values."""
+
+    def __init__(self, **config):
+        self.settings = QuantizationSettings.from_config(config)
+        self.quant_method = _Method.STEPQUANT
+
+    def to_dict(self) -> dict:
+        return self.settings.to_config()
+
+    def to_diff_dict(self) -> dict:  # diffusers formats the config for its log with this
+        return self.to_dict()
+
+
+class StepquantQuantizer(DiffusersQuantizer):
+    """Swaps the target linears for W4A4Linear and fills them, refusing a checkpoint with missing or foreign tensors."""
+
+    # Otherwise norms and modulation tables, float32 in the unquantized model, would load as torch_dtype.
+    use_keep_in_fp32_modules = True
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._loaded_keys = set(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        settings = self.quantization_config.settings
+        for target in settings.targets:
+            _swap(model, target, settings)
+        _check_keys(set(model.state_dict()), self._loaded_keys, settings.targets)
+
+    def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
+        owner, _, name = param_name.rpartition(".")
+        return name != "bias" and isinstance(model.get_submodule(owner), W4A4Linear)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor) -> None:
+        raise UserError(f"{param_name} has shape {list(loaded_param.shape)}; quantization_config and config.json ask for {list(current_param.shape)}")
+
+    def create_quantized_param(self, model, param_value, param_name: str, target_device, state_dict, *args, **kwargs) -> None:
+        owner, _, name = param_name.rpartition(".")
+        linear = model.get_submodule(owner)
+        stored = state_dict[param_name]  # param_value has been cast to torch_dtype, which would round scales and clips
+        expected = getattr(linear, name).dtype
+        if stored.dtype != expected:
+            raise UserError(f"{param_name} is {stored.dtype}; expected {expected}")
+        setattr(linear, name, stored.to(target_device))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        follow_timestep(model, self.quantization_config.settings.bin_edges)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _swap(model: nn.Module, target: str, settings: QuantizationSettings) -> None:
+    """Puts an empty W4A4Linear in place of the linear called target. Raises UserError if there is none."""
+    owner, _, name = target.rpartition(".")
+    try:
+        linear = model.get_submodule(target)
+    except AttributeError as e:
+        raise UserError(f"quantization_config: target {target!r} is no module of {type(model).__name__}") from e
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"quantization_config: target {target!r} is a {type(linear).__name__}; expected a linear")
+    quantized = W4A4Linear(linear.in_features, linear.out_features, linear.bias is not None, settings, device="meta")
+    quantized.bin = torch.zeros(1, dtype=torch.int64)  # not stored, so nothing will replace a meta tensor
+    setattr(model.get_submodule(owner), name, quantized)
+
+
+def _check_keys(expected: set[str], loaded: set[str], targets: tuple[str, ...]) -> None:
+    """diffusers itself only warns about such keys."""
+    if missing := sorted(expected - loaded):
+        raise UserError(f"checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
+    prefixes = tuple(f"{target}." for target in targets)
+    if foreign := sorted(key for key in loaded - expected if key.startswith(prefixes)):
+        raise UserError(f"checkpoint holds {len(foreign)} tensors its quantized linears do not have, the first is {foreign[0]!r}")

@@ -1,0 +1,96 @@
+"""A tiny two-expert Wan pipeline with heavy-tailed random weights, and a round-to-nearest quantization of it."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+
+from stepquant.checkpoint.layout import QuantizationSettings
+from stepquant.checkpoint.packed import pack_linear
+from stepquant.checkpoint.reader import open_weights
+from stepquant.formats import get_format, weight_scales
+from stepquant.models.sites import WAN_SITES
+
+TARGETS = tuple(f"blocks.{i}.{linear}" for i in range(2) for site in WAN_SITES for linear in site.linears)
+EDGES = {"transformer": (1000.0, 950.0, 925.0, 900.0), "transformer_2": (900.0, 600.0, 300.0, 0.0)}
+RATIOS = [1.0, 0.7, 0.4]
+
+
+def make_transformer(seed):
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=128,
+        in_channels=36,
+        out_channels=16,
+        text_dim=128,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # Student t with 4 degrees of freedom: tails that make clips and groups matter
+            chi = torch.randn(4, *parameter.shape).square().mean(0).sqrt()
+            parameter.data = 0.05 * torch.randn(parameter.shape) / chi
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """The folder of the unquantized pipeline. Text encoder and tokenizer are left out: prompts come as embeddings."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    pipe = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=make_transformer(1),
+        transformer_2=make_transformer(2),
+        boundary_ratio=0.9,
+    )
+    folder = tmp_path_factory.mktemp("source") / "pipeline"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def make_settings(subfolder, weight_format, activation_format, rank):
+    return QuantizationSettings(weight_format, activation_format, "ceil", rank, EDGES[subfolder], TARGETS)
+
+
+def quantize(W, settings, seed):
+    """Random smoothing, an SVD branch and round to nearest: crude numbers, but every tensor of the layout is busy."""
+    fmt = get_format(settings.weight_format)
+    generator = torch.Generator().manual_seed(seed)
+    smooth = (0.5 + torch.rand(W.shape[1], generator=generator)).bfloat16()
+    residual, down, up = W.float() * smooth.float(), None, None
+    if settings.rank:
+        U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+        up = (U * S)[:, : settings.rank].bfloat16()
+        down = (Vh[: settings.rank] / smooth.float()).T.bfloat16().contiguous()
+        residual = residual - up.float() @ down.float().T * smooth.float()
+    scales = weight_scales(fmt, residual, rounding="ceil")
+    clip = None if settings.activation_format is None else torch.tensor(RATIOS)
+    offset = torch.tensor([0, -1, 1], dtype=torch.int8) if settings.activation_format == "mxfp4" else None
+    return pack_linear(fmt.encode(residual, scales), scales, smooth, down, up, clip, offset)
+
+
+def quantized_blocks(source, settings):
+    """What write_expert eats: (block index, {target: PackedLinear}), one block at a time."""
+    weights = open_weights(source)
+    for i in range(2):
+        mine = [target for target in settings.targets if target.startswith(f"blocks.{i}.")]
+        yield i, {target: quantize(weights.get(f"{target}.weight"), settings, seed=hash_of(target)) for target in mine}
+
+
+def hash_of(target):
+    return sum(map(ord, target))
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """The functions above, for tests to call (conftest cannot be imported)."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(settings=make_settings, blocks=quantized_blocks, quantize=quantize, targets=TARGETS, edges=EDGES)
