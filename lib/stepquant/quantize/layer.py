@@ -1,0 +1,77 @@
+"""The arithmetic of one quantized layer; every search and every reported layer error goes through it.
+
+    y = fq(x / s; clip) @ dequant(Wq).T + (x @ proj_down) @ proj_up.T
+
+N rows (all linears of a site stacked), K input channels, rank r, T tokens:
+
+    codes      uint8    [N, K]    4-bit codes of the residual W*s - (proj_up @ proj_down.T)*s, one code per byte
+    scales     Scales             of the weight format
+    smooth     bfloat16 [K]       s: the main path sees x/s
+    proj_down  bfloat16 [K, r]    eats the raw, unquantized x
+    proj_up    bfloat16 [N, r]
+
+The bias is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepquant.formats import Format, Scales
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The formats a layer computes in.
+
+    weight_rounding, activation_rounding: how an E8M0 scale is chosen, "floor" or "ceil" (mxfp4; ignored by the others).
+    activation: None keeps the activations unquantized (W4A16).
+    """
+
+    weight: Format
+    weight_rounding: str
+    activation: Format | None
+    activation_rounding: str
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """All that a quantized layer is made of; shapes and dtypes in the header of this file."""
+
+    codes: Tensor
+    scales: Scales
+    smooth: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+    precision: Precision
+
+
+def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
+    """Output of the quantized layer, float32 [T, N], for x [T, K] of any floating dtype.
+
+    clip multiplies each activation group's absmax; exponent_offset is added to its E8M0 exponent (mxfp4, else 0).
+    """
+    return main_path(x, factors, clip, exponent_offset) + branch_path(x, factors)
+
+
+def main_path(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
+    """The 4-bit part of the output, float32 [T, N]."""
+    precision = factors.precision
+    smoothed = x.float() / factors.smooth.float()
+    if precision.activation is not None:
+        smoothed = precision.activation.fake_quantize(
+            smoothed, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding
+        )
+    return smoothed @ precision.weight.decode(factors.codes, factors.scales).T
+
+
+def branch_path(x: Tensor, factors: LayerFactors) -> Tensor:
+    """The low-rank part of the output, float32 [T, N]."""
+    return (x.float() @ factors.proj_down.float()) @ factors.proj_up.float().T
+
+
+def relative_error(y: Tensor, reference: Tensor) -> Tensor:
+    """||y - reference|| / ||reference||, Frobenius norms, float32 scalar []; 0 where both are zero."""
+    error, norm = torch.linalg.vector_norm(y.float() - reference.float()), torch.linalg.vector_norm(reference.float())
+    return torch.where(error == 0, torch.zeros_like(error), error / norm)

@@ -1,0 +1,62 @@
+"""The low-rank branch of SVDQuant (arXiv 2411.05007, section 4.2): W*s = L + residual, L kept in bfloat16.
+
+The rows of all linears of a site are stacked, so q/k/v get one `down` and a slice of `up` each.
+
+The engines feed the branch with the raw x, while the decomposition lives in the smoothed space, where the layer sees x/s:
+(x/s) @ down.T = x @ (down/s).T. So what is stored is proj_down = (down/s).T, and the residual is taken against the
+stored, rounded factors: rounding them to bfloat16 then costs nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import UserError
+
+OVERSAMPLING = 10
+POWER_ITERATIONS = 4
+
+
+def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of W [N, K] of the given rank: (down [rank, K], up [N, rank]), float32, W ~ up @ down.
+
+    The singular values are shared evenly between the two factors. Rank 0 gives empty factors. The same seed, input and
+    thread count give the same bits.
+
+    Raises UserError if the rank is negative or larger than the matrix allows.
+    """
+    if not 0 <= rank <= min(W.shape):
+        raise UserError(
+            f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}"
+        )
+    U, S, Vh = _truncated_svd(W.float(), rank, seed)
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of W*s -> (proj_down [K, r], proj_up [N, r]) in bfloat16, as stored: proj_down eats the raw x."""
+    return (down / smooth.float()).T.to(torch.bfloat16).contiguous(), up.to(torch.bfloat16)
+
+
+def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
+    """What is left for the 4-bit codes: (W - proj_up @ proj_down.T) * s, float32 [N, K]."""
+    return (W.float() - proj_up.float() @ proj_down.float().T) * smooth.float()
+
+
+def _truncated_svd(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomized SVD with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds. Where the sketch would hold a good
+    part of the matrix nothing is saved, and the SVD is exact.
+    """
+    if 8 * (rank + OVERSAMPLING) >= min(W.shape):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    # Drawn on the CPU, so that a GPU sees the same sketch.
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(W.shape[1], rank + OVERSAMPLING, generator=generator).to(W)
+    Q = torch.linalg.qr(W @ sketch).Q
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U[:, :rank], S[:rank], Vh[:rank]

@@ -1,0 +1,75 @@
+"""Smoothing (SVDQuant, arXiv 2411.05007, section 4.1): one factor per input channel moves outliers into the weight.
+
+The layer sees x/s and the weight is W*s, so that without quantization nothing changes. s is stored in bfloat16 and used
+as stored everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepquant.formats import weight_scales
+from stepquant.quantize.layer import LayerFactors, Precision, layer_output, relative_error
+from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch
+
+
+@dataclass(frozen=True)
+class SmoothingSearch:
+    """The best (alpha, beta), its smoothing factor, and the relative error of every candidate in the order given."""
+
+    smooth: Tensor
+    alpha: float
+    beta: float
+    errors: tuple[float, ...]
+
+
+def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """s = x_span^alpha / w_span^beta with geometric mean 1, bfloat16 [K].
+
+    x_span, w_span [K]: absmax of each channel of the input and of the weight. A channel that is dead on either side
+    (span 0) has nothing to balance: its s is 1.
+    """
+    x_span, w_span = x_span.float(), w_span.float()
+    live = (x_span > 0) & (w_span > 0)
+    log_s = alpha * x_span.log() - beta * w_span.log()
+    log_s = torch.where(live, log_s - log_s[live].mean(), torch.zeros_like(log_s))
+    return log_s.exp().to(torch.bfloat16)
+
+
+def nearest_factors(W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision) -> LayerFactors:
+    """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K], smooth bfloat16 [K]."""
+    down, up = low_rank_factors(W.float() * smooth.float(), rank, seed=seed)
+    proj_down, proj_up = stored_branch(down, up, smooth)
+    rest = residual(W, smooth, proj_down, proj_up)
+    scales = weight_scales(precision.weight, rest, rounding=precision.weight_rounding)
+    return LayerFactors(precision.weight.encode(rest, scales), scales, smooth, proj_down, proj_up, precision)
+
+
+def search_smoothing(
+    W: Tensor,
+    x_span: Tensor,
+    x: Tensor,
+    candidates: Sequence[tuple[float, float]],
+    *,
+    rank: int,
+    seed: int,
+    precision: Precision,
+) -> SmoothingSearch:
+    """Picks (alpha, beta) by what counts: the error of the layer's output on tokens, branch and both quantizers included.
+
+    W [N, K] is the stacked weight of the site, x_span [K] the absmax of each input channel, x [T, K] the search tokens
+    (raw inputs). The residual is rounded to nearest here: GPTQ per candidate would cost much and rarely reorders them.
+    Of equal candidates the first wins.
+    """
+    reference = x.float() @ W.float().T
+    w_span = W.float().abs().amax(dim=0)
+    factors, errors = [], []
+    for alpha, beta in candidates:
+        smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=beta)
+        layer = nearest_factors(W, smooth, rank=rank, seed=seed, precision=precision)
+        factors.append(smooth)
+        errors.append(relative_error(layer_output(x, layer, 1.0, 0), reference).item())
+    best = errors.index(min(errors))
+    return SmoothingSearch(factors[best], *candidates[best], tuple(errors))

@@ -1,0 +1,102 @@
+"""Smoothing: the formula by hand, dead channels, and the search on the layer's output."""
+
+import pytest
+import torch
+
+from stepquant.formats import get_format
+from stepquant.quantize.layer import Precision, branch_path, layer_output, main_path, relative_error
+from stepquant.quantize.smooth import nearest_factors, search_smoothing, smoothing_factor
+
+CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
+
+
+def precision(name: str) -> Precision:
+    fmt = get_format(name)
+    return Precision(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+
+
+def test_formula():
+    # x^0.5 / w^0.5 = [1/2, 2, 8] has geometric mean 2.
+    s = smoothing_factor(torch.tensor([1.0, 4.0, 16.0]), torch.tensor([4.0, 1.0, 0.25]), alpha=0.5, beta=0.5)
+    assert s.dtype == torch.bfloat16
+    assert s.tolist() == [0.25, 1.0, 4.0]
+
+
+def test_beta_is_free():
+    # x^1 / w^0 = [1, 4] has geometric mean 2; x^0 / w^-1 = [2, 8] has 4.
+    x_span, w_span = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])
+    assert smoothing_factor(x_span, w_span, alpha=1.0, beta=0.0).tolist() == [0.5, 2.0]
+    assert smoothing_factor(x_span, w_span, alpha=0.0, beta=-1.0).tolist() == [0.5, 2.0]
+
+
+def test_scale_of_the_input_does_not_matter():
+    x_span, w_span = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(64)
+    one, two = (smoothing_factor(x_span * k, w_span, alpha=0.5, beta=0.5).float() for k in (1.0, 1e6))
+    torch.testing.assert_close(one, two, rtol=2**-8, atol=0)
+
+
+def test_dead_channels_are_left_alone():
+    x_span, w_span = torch.tensor([0.0, 9.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert smoothing_factor(x_span, w_span, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert smoothing_factor(torch.zeros(3), torch.ones(3), alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), CANDIDATES)
+def test_without_quantization_nothing_changes(layer, alpha, beta):
+    W, x = layer
+    s = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=alpha, beta=beta).double()
+    torch.testing.assert_close((x.double() / s) @ (W.double() * s).T, x.double() @ W.double().T)
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
+def test_full_rank_layer_is_exact_up_to_bfloat16(layer, name):
+    """With rank = full width the branch is the layer; 4-bit codes only see what bfloat16 lost (under 1 %)."""
+    W, x = layer
+    factors = nearest_factors(W, torch.ones(128, dtype=torch.bfloat16), rank=48, seed=0, precision=precision(name))
+    reference = x @ W.T
+    assert relative_error(branch_path(x, factors), reference) < 0.01
+    assert relative_error(layer_output(x, factors, 1.0, 0), reference) < 0.003
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
+def test_smoothing_and_branch_beat_plain_rounding(layer, name):
+    W, x = layer
+    x_span, w_span = x[:256].abs().amax(0), W.abs().amax(0)
+    held_out, reference = x[256:], x[256:] @ W.T
+
+    def error(alpha: float, rank: int) -> float:
+        smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=alpha)
+        factors = nearest_factors(W, smooth, rank=rank, seed=0, precision=precision(name))
+        return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
+
+    assert error(0.5, 16) < 0.8 * error(0.0, 0)
+
+
+def test_search_takes_the_smallest_error(layer):
+    W, x = layer
+    found = search_smoothing(W, x.abs().amax(0), x, CANDIDATES, rank=8, seed=0, precision=precision("int4"))
+    assert len(found.errors) == len(CANDIDATES)
+    best = found.errors.index(min(found.errors))
+    assert (found.alpha, found.beta) == CANDIDATES[best]
+    expected = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta)
+    assert torch.equal(found.smooth, expected)
+    factors = nearest_factors(W, found.smooth, rank=8, seed=0, precision=precision("int4"))
+    assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item() == min(found.errors)
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
+def test_another_candidate_never_raises_the_score(layer, name):
+    W, x = layer
+    scores = []
+    for count in range(1, len(CANDIDATES) + 1):
+        found = search_smoothing(W, x.abs().amax(0), x, CANDIDATES[:count], rank=8, seed=0, precision=precision(name))
+        scores.append(min(found.errors))
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_unquantized_activations(layer):
+    W, x = layer
+    fmt = get_format("int4")
+    w4a16 = Precision(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
+    factors = nearest_factors(W, torch.ones(128, dtype=torch.bfloat16), rank=0, seed=0, precision=w4a16)
+    torch.testing.assert_close(main_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)
