@@ -63,7 +63,7 @@ class Format(ABC):
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes (uint8, 0..15) of x [..., K]: round to nearest, ties to the even code, saturating."""
-        return self._to_codes(self._divide(self._grouped(x), scales)).flatten(-2)
+        return self._to_codes(self._divide(self._grouped(x.float()), scales)).flatten(-2)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """float32 values [..., K] of codes [..., K]."""
@@ -83,8 +83,9 @@ class Format(ABC):
 
         Arguments and errors as in `scales`.
         """
-        scales = self.scales(x, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor)
-        rounded = self._round(self._divide(self._grouped(x), scales))
+        x32 = x.float()  # once, for the scales and the values
+        scales = self.scales(x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor)
+        rounded = self._round(self._divide(self._grouped(x32), scales))
         return rounded.mul_(self._step(scales)).flatten(-2).to(x.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
@@ -94,7 +95,10 @@ class Format(ABC):
 
     def _amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each group, float32 [..., K/g]."""
-        return self._grouped(x).abs().amax(-1).float()
+        magnitudes = self._grouped(x.float()).abs()
+        if self.group < 32:  # torch's CPU reduction is slow over so few neighbours: halve them element by element first
+            magnitudes = torch.maximum(magnitudes[..., : self.group // 2], magnitudes[..., self.group // 2 :])
+        return magnitudes.amax(-1)
 
     @abstractmethod
     def _step(self, scales: Scales) -> Tensor:
@@ -102,7 +106,7 @@ class Format(ABC):
 
     @abstractmethod
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        """groups [..., K/g, g] in units of their step, float32, a new tensor."""
+        """groups (float32 [..., K/g, g]) in units of their step, a new tensor."""
 
     @abstractmethod
     def _round(self, y: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from torch import Tensor
 
 E2M1_MAX = 6.0
 
+# A float16 (exponent bias 15, 10 mantissa bits) whose lowest exponent bits and highest mantissa bit are E2M1's has
+# the same value times 2^-14, subnormals included: codes and floats convert by shifting, without a table.
+_BIAS_GAP = 15 - 1
+_MANTISSA_GAP = 10 - 1
+
 _FLOAT32_EXPONENT = 0x7F800000  # the exponent field; alone, the bits of a power of two
 _ONE = 0x3F800000  # bits of 1.0
 _TIMES_3_POW2_21 = 0x0B400000  # added to the bits of a power of two p, gives 1.5 * 2^22 * p
@@ -27,15 +32,13 @@ def round_e2m1(y: Tensor) -> Tensor:
 
 def to_e2m1_codes(y: Tensor) -> Tensor:
     """uint8 codes 0..15 of y (float32), rounded as in `round_e2m1`; overwrites y."""
-    sign = torch.signbit(y).to(torch.uint8) << 3  # taken first: -0.1 rounds to code 8, negative zero
-    a = round_e2m1(y).abs_()
-    # The magnitude's code is linear in a below 2, from 2 to 4, and above; the slopes fall, so it is their minimum.
-    code = torch.minimum(torch.minimum(2 * a, a + 2), a / 2 + 4)
-    return code.to(torch.uint8) | sign
+    sign = (y.view(torch.int32) >> 28).to(torch.uint8) & 8  # taken first: -0.1 rounds to code 8, negative zero
+    fields = (round_e2m1(y) * 2.0**-_BIAS_GAP).half().view(torch.int16)
+    return (fields >> _MANTISSA_GAP).to(torch.uint8) & 7 | sign
 
 
 def from_e2m1_codes(codes: Tensor) -> Tensor:
     """float32 values of uint8 codes 0..15."""
-    c = (codes & 7).float()
-    magnitude = torch.maximum(torch.maximum(c / 2, c - 2), 2 * c - 8)
-    return torch.where(codes > 7, -magnitude, magnitude)
+    wide = codes.to(torch.int16)
+    fields = (wide & 7) << _MANTISSA_GAP | (wide & 8) << 12
+    return fields.view(torch.float16).float().mul_(2.0**_BIAS_GAP)

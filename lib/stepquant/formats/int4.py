@@ -27,7 +27,7 @@ class Int4(Format):
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
         check_absent(self, exponent_offset, tensor)
         scale = (self._amax(x) * clip / 7).clamp(min=_SMALLEST_SCALE)
-        return Scales(scale.bfloat16(), None)
+        return Scales(_to_bfloat16(scale), None)
 
     def tensor_scale(self, x: Tensor) -> None:
         return None
@@ -36,7 +36,7 @@ class Int4(Format):
         return scales.group.float().unsqueeze(-1)
 
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        return groups.float() / self._step(scales)
+        return groups / self._step(scales)
 
     def _round(self, y: Tensor) -> Tensor:
         return y.round_().clamp_(-8, 7)
@@ -47,3 +47,10 @@ class Int4(Format):
     def _from_codes(self, codes: Tensor) -> Tensor:
         # Flipping the sign bit maps the nibble's order 0..7, -8..-1 to 8..15, 0..7, eight above its value.
         return (codes ^ 8).float().sub_(8)
+
+
+def _to_bfloat16(a: Tensor) -> Tensor:
+    """a (float32) rounded to bfloat16, to nearest even, in integers: torch.compile may drop a cast it fuses."""
+    bits = a.view(torch.int32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & ~0xFFFF
+    return rounded.view(torch.float32).bfloat16()

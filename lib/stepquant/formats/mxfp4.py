@@ -2,13 +2,13 @@
 
 Storage contract of x [..., K]:
     codes   uint8 [..., K]      E2M1, see e2m1.py
-    scales  uint8 [..., K/32]   E8M0: byte e is 2^(e - 127), e in 0..254 (255 is NaN and never written)
+    scales  uint8 [..., K/32]   E8M0: byte e is 2^(e - 127), e in 0..253 (no float32 needs 254; 255 is NaN)
     x = value(code) * 2^(e - 127)
 
 The exponent of a group with largest magnitude amax (clip included):
     "floor"  floor(log2(amax)) - 2       the specification's rule; magnitudes in (6, 8) * scale saturate at 6
     "ceil"   ceil(log2(amax / 6))        nothing saturates
-then + exponent_offset, kept within 0..254. A group of zeros gets e = 0, before the offset.
+then + exponent_offset, kept within 0..253. A group of zeros gets e = 0, before the offset.
 """
 
 import torch
@@ -19,7 +19,7 @@ from stepquant.formats.core import Format, Scales
 from stepquant.formats.e2m1 import E2M1_MAX, from_e2m1_codes, round_e2m1, to_e2m1_codes
 
 _BIAS = 127
-_LARGEST = 254
+_LARGEST = 253
 
 
 class Mxfp4(Format):
@@ -44,10 +44,14 @@ class Mxfp4(Format):
         return None
 
     def _step(self, scales: Scales) -> Tensor:
-        return scales.group.view(torch.float8_e8m0fnu).float().unsqueeze(-1)
+        # e is float32's own exponent field, except that e = 0 is the subnormal 2^-127, bit 22. (torch.compile has no E8M0.)
+        bits = (scales.group.int() << 23).clamp(min=1 << 22)
+        return bits.view(torch.float32).unsqueeze(-1)
 
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        return groups.float() * self._step(scales).reciprocal()  # exact: both are powers of two
+        # 2^(127 - e), also from its bits: dividing by 2^-127 would fail on devices that flush subnormals to zero.
+        inverse = ((2 * _BIAS - scales.group.int()) << 23).view(torch.float32)
+        return groups * inverse.unsqueeze(-1)
 
     def _round(self, y: Tensor) -> Tensor:
         return round_e2m1(y)

@@ -41,7 +41,7 @@ class Nvfp4(Format):
 
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
         inverse = scales.tensor.reciprocal() / scales.group.float()
-        return groups.float() * inverse.unsqueeze(-1)
+        return groups * inverse.unsqueeze(-1)
 
     def _round(self, y: Tensor) -> Tensor:
         return round_e2m1(y)
