@@ -66,6 +66,7 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
         shards = []
         for index, block in blocks:
             shards.append(_save(work, f"block-{index:05d}", _block_tensors(block, settings, weights)))
+            del block  # before the next one is made
         found = sorted(key.removesuffix(".qweight") for shard in shards for key in shard.sizes if key.endswith(".qweight"))
         if found != sorted(settings.targets):
             raise ValueError(f"the blocks hold {len(found)} linears, the settings name {len(settings.targets)} targets; they must be the same")

@@ -1,0 +1,166 @@
+"""W4A4Linear against the definition, written out with plain torch and the formats' tables."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounter
+
+from stepquant.checkpoint.layout import QuantizationSettings
+from stepquant.errors import UserError
+from stepquant.runtime.linear import W4A4Linear
+
+N, K, R = 6, 128, 4
+FORMATS = ("int4", "mxfp4", "nvfp4")
+GROUP = {"int4": 64, "mxfp4": 32, "nvfp4": 16}
+RATIOS = [1.0, 0.8, 0.5]
+OFFSETS = [0, -1, 1]
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+SIGNED_E2M1 = torch.cat((E2M1, -E2M1))
+SIGNED_INT4 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]).float()
+
+
+def make_linear(weight, activation, rank=R, rounding="ceil", bias=True):
+    settings = QuantizationSettings(weight, activation, rounding, rank, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    linear = W4A4Linear(K, N, bias, settings, device="cpu")
+    g = torch.Generator().manual_seed(1)
+    linear.qweight.copy_(torch.randint(-128, 128, (N, K // 2), generator=g))
+    if weight == "int4":
+        linear.wscales.copy_(0.01 + 0.02 * torch.rand(K // 64, N, generator=g))
+    elif weight == "mxfp4":
+        linear.wscales.copy_(torch.randint(118, 124, (K // 32, N), generator=g))
+    else:
+        linear.wscales.copy_(1 + 400 * torch.rand(K // 16, N, generator=g))
+        linear.wtscale.copy_(torch.tensor([1e-4]))
+        linear.wcscales.copy_(0.5 + torch.rand(N, generator=g))
+    linear.smooth_factor.copy_(0.5 + torch.rand(K, generator=g))
+    if rank:
+        linear.proj_down.copy_(0.1 * torch.randn(K, rank, generator=g))
+        linear.proj_up.copy_(0.1 * torch.randn(N, rank, generator=g))
+    if activation:
+        linear.clip_ratio.copy_(torch.tensor(RATIOS))
+    if activation == "mxfp4":
+        linear.clip_exponent.copy_(torch.tensor(OFFSETS))
+    if bias:
+        linear.bias.copy_(torch.randn(N, generator=g))
+    return linear
+
+
+def weight_by_hand(linear, fmt):
+    """Column by column: even columns are low nibbles, one scale per group of columns, scales stored [K/G, N]."""
+    table = SIGNED_INT4 if fmt == "int4" else SIGNED_E2M1
+    W = torch.zeros(N, K)
+    for n in range(N):
+        for k in range(K):
+            byte = int(linear.qweight[n, k // 2]) % 256
+            code = byte // 16 if k % 2 else byte % 16
+            stored = float(linear.wscales[k // GROUP[fmt], n])
+            scale = 2.0 ** (stored - 127) if fmt == "mxfp4" else stored
+            if fmt == "nvfp4":
+                scale *= float(linear.wtscale) * float(linear.wcscales[n])
+            W[n, k] = table[code] * scale
+    return W
+
+
+def activation_by_hand(x, fmt, ratio, offset, rounding):
+    """Group by group: scale from the clipped absmax, each value to the nearest point of the grid."""
+    out = torch.zeros_like(x)
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], GROUP[fmt]):
+            group = x[row, start : start + GROUP[fmt]]
+            amax = group.abs().max() * ratio
+            if fmt == "int4":
+                scale = (amax / 7).bfloat16().float()
+                grid = torch.arange(-8.0, 8.0)
+            else:
+                if fmt == "mxfp4":
+                    exponent = torch.floor(torch.log2(amax)) - 2 if rounding == "floor" else torch.ceil(torch.log2(amax / 6))
+                    scale = 2.0 ** (exponent + offset)
+                else:
+                    scale = (amax / 6).to(torch.float8_e4m3fn).float()
+                grid = SIGNED_E2M1
+            nearest = (group[:, None] / scale - grid).abs().argmin(1)
+            out[row, start : start + GROUP[fmt]] = grid[nearest] * scale
+    return out
+
+
+@pytest.mark.parametrize("bin_", range(3))
+@pytest.mark.parametrize("rank", [0, R])
+@pytest.mark.parametrize("activation", [*FORMATS, None])
+@pytest.mark.parametrize("weight", FORMATS)
+def test_equals_the_definition(weight, activation, rank, bin_):
+    linear = make_linear(weight, activation, rank)
+    linear.bin.fill_(bin_)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
+    smoothed = x / linear.smooth_factor.float()
+    if activation:
+        smoothed = activation_by_hand(smoothed, activation, RATIOS[bin_], OFFSETS[bin_], "ceil")
+    expected = smoothed @ weight_by_hand(linear, weight).T + linear.bias
+    if rank:  # the branch is fed by x, not by x / smooth_factor
+        expected += x @ linear.proj_down.float() @ linear.proj_up.float().T
+    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x.view(1, 3, 1, K)), expected.view(1, 3, 1, N), rtol=1e-5, atol=1e-5)
+
+
+def test_activation_rounding_floor():
+    linear = make_linear("mxfp4", "mxfp4", rounding="floor")
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2))
+    expected = activation_by_hand(x / linear.smooth_factor.float(), "mxfp4", 1.0, 0, "floor")
+    torch.testing.assert_close(linear.quantized_input(x), expected, rtol=0, atol=0)
+
+
+def test_no_bias():
+    linear = make_linear("int4", "int4", bias=False)
+    assert linear.bias is None
+    assert torch.equal(linear(torch.zeros(2, K)), torch.zeros(2, N))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_low_precision_input(fmt):
+    """bfloat16 in, bfloat16 out, off from float32 by roundings of 2^-9 only: scales and codes are still exact."""
+    linear = make_linear(fmt, None)
+    x = torch.randn(16, K, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = linear(x.float())
+    linear.bias.data = linear.bias.data.bfloat16()
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - exact).norm() < 2**-7 * exact.norm()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_state(fmt):
+    """What is stored is the layout and the bias; the bin moves with the module but is not stored."""
+    linear = make_linear(fmt, fmt)
+    expected = {"qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "clip_ratio", "bias"}
+    expected |= {"wtscale", "wcscales"} if fmt == "nvfp4" else set()
+    expected |= {"clip_exponent"} if fmt == "mxfp4" else set()
+    assert set(linear.state_dict()) == expected
+    assert dict(linear.named_buffers())["bin"].dtype == torch.int64
+    assert all(t.device.type == "meta" for t in (*linear.to("meta").buffers(), *linear.parameters()))
+    assert isinstance(linear, torch.nn.Linear) and not hasattr(linear, "weight")
+
+
+def test_weight_takes_four_bits_and_its_scales():
+    linear = make_linear("nvfp4", "nvfp4")
+    assert linear.qweight.nbytes + linear.wscales.nbytes == N * K * 4.5 / 8
+
+
+def test_group_must_divide_the_channels():
+    settings = QuantizationSettings("nvfp4", "int4", "ceil", 0, (1000.0, 0.0), ("a",))
+    with pytest.raises(UserError, match="96 channels .* int4 groups; allowed: a multiple of 64"):
+        W4A4Linear(96, N, True, settings, device="cpu")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiles_once_over_bins(fmt):
+    torch._dynamo.reset()
+    linear = make_linear(fmt, fmt)
+    counter = CompileCounter()
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(2))
+    outputs = []
+    for bin_ in range(3):
+        linear.bin.fill_(bin_)
+        outputs.append(compiled(x))
+        assert torch.equal(outputs[-1], linear(x))
+    assert counter.frame_count == 1
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
