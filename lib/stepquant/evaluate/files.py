@@ -1,0 +1,20 @@
+"""Files that are finished or absent: written under a temporary name, then renamed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def finished_or_absent(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it to `path` when the block ends well; else removes it.
+
+    The name `.NAME.tmp` is one that .dvcignore excludes, so a killed process leaves nothing that enters a hash.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Video files: lossless MP4 for measuring, animated GIF for looking.
+
+A video is a uint8 array [F, H, W, 3] (frames, height, width, RGB).
+
+Storage contract of the MP4: H.264 High 4:4:4 Predictive, GBR planes (no RGB -> YUV rounding), quantizer 0, hence
+exact; frame i has pts i in units of 1/fps. The same frames give the same bytes because the encoder runs on one thread
+(x264 decides differently for every thread count), every pts is explicit, and the muxer writes no dates.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import Flags
+from PIL import Image, ImageDraw, ImageFont
+
+from stepquant.errors import UserError
+from stepquant.evaluate.files import finished_or_absent
+
+LABEL_HEIGHT = 16  # pixels of the caption band of a preview
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes frames (uint8 [F, H, W, 3]) without loss as an MP4 that is byte-identical for identical frames.
+
+    fps: frames per second, a whole number. Raises ValueError if frames is not such an array.
+    """
+    check_video(frames)
+    with finished_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        container.flags |= Flags.bitexact.value
+        stream = container.add_stream("libx264rgb", rate=fps, options={"qp": "0"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        stream.thread_count = 1
+        stream.codec_context.time_base = Fraction(1, fps)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def read_video(path: Path) -> np.ndarray:
+    """Reads every frame of a video file as uint8 [F, H, W, 3].
+
+    Raises UserError if the file is missing, cannot be decoded or holds no frame.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error}); expected an MP4 that stage generate wrote") from error
+    if not frames:
+        raise UserError(f"{path}: holds no frame; expected an MP4 that stage generate wrote")
+    return np.stack(frames)
+
+
+def check_video(frames: np.ndarray) -> None:
+    """Raises ValueError unless frames is uint8 [F, H, W, 3] with at least one frame."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(f"a video is uint8 [F, H, W, 3] with F >= 1, not {frames.dtype} {list(frames.shape)}")
+
+
+def write_preview(path: Path, clips: Sequence[np.ndarray], labels: Sequence[str], fps: int, width: int) -> None:
+    """Writes `encode_gif` of clips beside each other, each under its label (an empty label leaves the band empty).
+
+    clips: videos uint8 [F, H, W, 3] of one shape. width: pixels that one clip should take, see `fit_width`.
+    Raises ValueError if the shapes differ or labels and clips are not as many.
+    """
+    columns = [_captioned(fit_width(clip, width), label) for clip, label in zip(clips, labels, strict=True)]
+    with finished_or_absent(path) as partial:
+        partial.write_bytes(encode_gif(np.concatenate(columns, axis=2), fps))
+
+
+def fit_width(frames: np.ndarray, width: int) -> np.ndarray:
+    """Brings a video to about `width` pixels: small ones repeat pixels by a whole factor, large ones average over boxes.
+
+    A whole factor keeps every original pixel visible as it is. Returns uint8 [F, H', W', 3].
+    """
+    check_video(frames)
+    _, high, wide, _ = frames.shape
+    if wide <= width:
+        factor = width // wide
+        return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    size = (width, max(1, round(high * width / wide)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in frames])
+
+
+def encode_gif(frames: np.ndarray, fps: int) -> bytes:
+    """An endlessly looping GIF of frames (uint8 [F, H, W, 3]); for the eye only, it keeps 256 colours.
+
+    One palette serves all frames and nothing is dithered: a palette or dither pattern per frame would flicker, and
+    flicker is one of the artefacts a viewer is to judge. GIF counts time in 1/100 s, so the speed is rounded to that.
+    """
+    check_video(frames)
+    palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    buffer = BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=round(100 / fps) * 10, loop=0)
+    return buffer.getvalue()
+
+
+def _captioned(frames: np.ndarray, label: str) -> np.ndarray:
+    """Puts a white band with the label on top of every frame: uint8 [F, LABEL_HEIGHT + H, W, 3]."""
+    band = Image.new("RGB", (frames.shape[2], LABEL_HEIGHT), "white")
+    ImageDraw.Draw(band).text((2, 1), label, fill="black", font=ImageFont.load_default(size=LABEL_HEIGHT - 5))
+    bands = np.broadcast_to(np.asarray(band), (len(frames), *np.asarray(band).shape))
+    return np.concatenate([bands, frames], axis=1)
