@@ -1,0 +1,176 @@
+"""The report's figures, one per question, as SVG text.
+
+The same input gives the same bytes: ids come from a fixed salt and no date is written. Text stays text, so that it
+can be selected, searched and read aloud. Colours are Okabe and Ito's, which the colour-blind can tell apart; a marker
+per variant says it once more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stepquant.evaluate.records import Record
+from stepquant.report.tables import experts
+
+STYLE = {
+    "svg.hashsalt": "stepquant",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # matplotlib ships the first, so every machine lays out alike
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "legend.frameon": False,
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
+WIDTH = 6.6  # inches
+
+
+@dataclass(frozen=True)
+class ClipRatio:
+    """The clip that the search chose for one site of one block in one bin; bin is None if the site has one for all t.
+
+    ratio is the whole factor on the dynamic activation scale: for mxfp4 it includes 2^exponent_offset.
+    """
+
+    expert: str
+    block: int
+    site: str
+    bin: int | None
+    ratio: float
+
+
+@mpl.rc_context(STYLE)
+def error_by_bin(records: Sequence[Record]) -> str:
+    """Where along the denoising trajectory is the error? A panel per expert, a line per variant, bin 0 the noisiest."""
+    figure, panels = _panels(experts(records), height=3.4)
+    looks = _looks(records)
+    for expert, axes in panels.items():
+        for record in _quantized(records, expert):
+            errors = [np.nan if error is None else error for error in record.layers[expert].bins]
+            axes.plot(range(len(errors)), errors, label=record.variant, markersize=5, **looks[record.variant])
+        axes.set(title=expert, xlabel="timestep bin (0 is the noisiest)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure, panels, "relative layer error")
+
+
+@mpl.rc_context(STYLE)
+def error_by_site(records: Sequence[Record]) -> str:
+    """Which layers suffer most? A panel per expert, a row per site, a mark per variant."""
+    figure, panels = _panels(experts(records), height=3.8)
+    looks = _looks(records)
+    sites = sorted({site for record in records for layers in record.layers.values() for site in layers.sites})
+    for expert, axes in panels.items():
+        for record in _quantized(records, expert):
+            errors = record.layers[expert].sites
+            rows = [row for row, site in enumerate(sites) if site in errors]
+            axes.plot(
+                [errors[sites[row]] for row in rows], rows, linestyle="", label=record.variant, **looks[record.variant]
+            )
+        axes.set(title=expert, xlabel="relative layer error", yticks=range(len(sites)), yticklabels=sites)
+        axes.set_ylim(len(sites) - 0.5, -0.5)  # the first site on top
+    return _finish(figure, panels, "")
+
+
+@mpl.rc_context(STYLE)
+def psnr_by_variant(records: Sequence[Record]) -> str:
+    """How close are the videos to BF16's? A mark per variant with its bootstrap interval, a faint dot per video."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.4 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    looks = _looks(records)
+    compared = [record for record in records if record.videos.psnr]
+    for row, record in enumerate(compared):
+        estimate, colour = record.videos.psnr, looks[record.variant]["color"]
+        values = [video.psnr for video in record.videos.per_video.values()]
+        axes.plot(values, [row] * len(values), ".", color=colour, alpha=0.3)
+        axes.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(estimate.mean, row, markersize=7, **looks[record.variant])
+    axes.set(xlabel="PSNR against the BF16 video, dB", ylim=(len(compared) - 0.5, -0.5))
+    axes.set_yticks(range(len(compared)), [record.variant for record in compared])
+    return _svg(figure)
+
+
+@mpl.rc_context(STYLE)
+def psnr_by_frame(records: Sequence[Record]) -> str:
+    """Does the distance to BF16 grow along the video? The mean PSNR of every frame, a line per variant."""
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.subplots()
+    looks = _looks(records)
+    for record in (record for record in records if record.videos.psnr):
+        frames = np.mean([video.psnr_frames for video in record.videos.per_video.values()], axis=0)
+        axes.plot(range(len(frames)), frames, label=record.variant, markersize=4, **looks[record.variant])
+    axes.set(xlabel="frame", ylabel="PSNR against the BF16 video, dB")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure)
+
+
+@mpl.rc_context(STYLE)
+def clip_table(ratios: Sequence[ClipRatio]) -> str:
+    """Which clip did the search choose where? A panel per expert, sites by bins, the mean ratio over the blocks."""
+    names = sorted({ratio.expert for ratio in ratios})
+    figure, panels = _panels(names, height=3.6)
+    sites = sorted({ratio.site for ratio in ratios})
+    low, high = min(ratio.ratio for ratio in ratios), max(ratio.ratio for ratio in ratios)
+    for expert, axes in panels.items():
+        table = _ratio_table([ratio for ratio in ratios if ratio.expert == expert], sites)
+        axes.imshow(table, cmap="Blues_r", aspect="auto", vmin=low, vmax=high)
+        for row, column in np.argwhere(np.isfinite(table)):
+            ratio = table[row, column]
+            ink = "white" if ratio < (low + high) / 2 else "black"
+            axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=7, color=ink)
+        axes.grid(False)
+        axes.set(title=expert, xlabel="timestep bin (0 is the noisiest)", yticks=range(len(sites)), yticklabels=sites)
+        axes.set_xticks(range(table.shape[1]))
+    return _svg(figure)
+
+
+def _ratio_table(ratios: Sequence[ClipRatio], sites: Sequence[str]) -> np.ndarray:
+    """Mean ratio over blocks, [sites, bins], NaN where there is none; a site with one clip repeats it in every bin."""
+    bins = 1 + max((ratio.bin for ratio in ratios if ratio.bin is not None), default=0)
+    table = np.full((len(sites), bins), np.nan)
+    for (row, column), _ in np.ndenumerate(table):
+        chosen = [r.ratio for r in ratios if r.site == sites[row] and r.bin in (column, None)]
+        if chosen:
+            table[row, column] = np.mean(chosen)
+    return table
+
+
+def _quantized(records: Sequence[Record], expert: str) -> list[Record]:
+    return [record for record in records if expert in record.layers]
+
+
+def _looks(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each quantized variant, the same in every figure."""
+    variants = [record.variant for record in records if record.format]
+    return {
+        variant: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, variant in enumerate(variants)
+    }
+
+
+def _panels(names: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, dict(zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0]))
+
+
+def _finish(figure: Figure, panels: dict[str, Axes], ylabel: str) -> str:
+    first = next(iter(panels.values()))
+    first.set_ylabel(ylabel)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return text.getvalue()
