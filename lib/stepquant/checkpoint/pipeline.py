@@ -1,11 +1,13 @@
 """Loads a quantized pipeline folder."""
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
 from stepquant.checkpoint.quantizer import register
+from stepquant.checkpoint.reader import open_weights
 from stepquant.errors import UserError
 
 
@@ -24,6 +26,9 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+    for config in sorted(folder.glob("*/config.json")):
+        if "quantization_config" in json.loads(config.read_text()):
+            open_weights(config.parent)  # diffusers' own errors do not say what is damaged
     register()
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype, local_files_only=True, **components)
     return pipeline.to(device)

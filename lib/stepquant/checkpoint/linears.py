@@ -1,0 +1,30 @@
+"""Single quantized linears of a checkpoint, without loading the rest."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
+from stepquant.checkpoint.reader import Weights
+from stepquant.errors import UserError
+from stepquant.runtime.linear import W4A4Linear
+
+
+def read_settings(folder: Path) -> QuantizationSettings:
+    """The quantization settings of a packed denoiser's folder. Raises UserError if it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    if "quantization_config" not in config:
+        raise UserError(f"{folder}: config.json has no quantization_config; expected a denoiser that stage pack wrote")
+    return QuantizationSettings.from_config(config["quantization_config"])
+
+
+def read_linear(weights: Weights, settings: QuantizationSettings, target: str, N: int, K: int, device: str) -> W4A4Linear:
+    """The linear called `target` [N, K] as packed, on a device; its bias, if there is one, in float32."""
+    has_bias = f"{target}.bias" in weights
+    linear = W4A4Linear(K, N, has_bias, settings, device)
+    for name in linear_layout(settings, N, K):
+        setattr(linear, name, weights.get(f"{target}.{name}").to(device))
+    if has_bias:
+        linear.bias.copy_(weights.get(f"{target}.bias").to(device, torch.float32))
+    return linear

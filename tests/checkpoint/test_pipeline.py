@@ -1,0 +1,107 @@
+"""The whole way: write a checkpoint, load it as a pipeline, make a video."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+
+import stepquant
+from stepquant.checkpoint.writer import write_checkpoint
+from stepquant.errors import UserError
+from stepquant.runtime.linear import W4A4Linear
+
+NO_TEXT = {"text_encoder": None, "tokenizer": None}
+
+
+@pytest.fixture(scope="module", params=[("int4", "int4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("nvfp4", None)], ids=str)
+def checkpoint(request, source, tools, tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    settings = {name: tools.settings(name, *request.param, rank=8) for name in tools.edges}
+    write_checkpoint(source, out, {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()})
+    return out
+
+
+def make_video(pipe, steps=3):
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn(1, 5, 128, generator=generator)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        image=image,
+        prompt_embeds=prompt,
+        negative_prompt_embeds=-prompt,
+        height=32,
+        width=32,
+        num_frames=9,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="pt",
+    ).frames
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, {"default": torch.bfloat16, "vae": torch.float32}], ids=["fp32", "bf16"])
+def test_makes_a_video(checkpoint, dtype):
+    pipe = stepquant.load_pipeline(checkpoint, torch_dtype=dtype, **NO_TEXT)
+    assert isinstance(pipe, WanImageToVideoPipeline)
+    assert all(sum(isinstance(m, W4A4Linear) for m in e.modules()) == 20 for e in (pipe.transformer, pipe.transformer_2))
+    linears = [expert.blocks[1].ffn.net[2] for expert in (pipe.transformer, pipe.transformer_2)]
+    for linear in linears:
+        linear.bin.fill_(1)
+    frames = make_video(pipe)
+    assert frames.shape == (1, 9, 3, 32, 32) and frames.isfinite().all()
+    # The three steps are t = 1000 (high noise: bin 0 of 1000, 950, 925, 900), 834.7 and 24.4 (low: bin 2 of 900, 600, 300, 0).
+    assert [linear.bin.item() for linear in linears] == [0, 2]
+
+
+def test_stock_diffusers_after_register(checkpoint):
+    stepquant.register()
+    stock = WanImageToVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32, **NO_TEXT)
+    ours = stepquant.load_pipeline(checkpoint, torch_dtype=torch.float32, **NO_TEXT)
+    assert torch.equal(make_video(stock), make_video(ours))
+
+
+def test_pipeline_save_pretrained_round_trip(checkpoint, tmp_path):
+    first = stepquant.load_pipeline(checkpoint, torch_dtype=torch.float32, **NO_TEXT)
+    first.save_pretrained(tmp_path)
+    second = stepquant.load_pipeline(tmp_path, torch_dtype=torch.float32, **NO_TEXT)
+    # Tensors are equal bit for bit (test_quantizer), but lie at other addresses, and CPU kernels round by alignment.
+    torch.testing.assert_close(make_video(first), make_video(second), rtol=0, atol=1e-5)
+
+
+def test_damaged_checkpoint(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    shard = folder / "transformer_2" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match="00002-of-00003.safetensors: truncated"):
+        stepquant.load_pipeline(folder, torch_dtype=torch.float32, **NO_TEXT)
+    shard.unlink()
+    with pytest.raises(UserError, match="names the shard .*00002-of-00003.safetensors', which is no file"):
+        stepquant.load_pipeline(folder, torch_dtype=torch.float32, **NO_TEXT)
+
+
+def test_unquantized_pipeline(source):
+    pipe = stepquant.load_pipeline(source, torch_dtype=torch.float32, **NO_TEXT)
+    assert not any(isinstance(m, W4A4Linear) for m in pipe.transformer.modules())
+    assert make_video(pipe).isfinite().all()
+
+
+def test_folder_that_is_no_pipeline(source):
+    with pytest.raises(UserError, match="no model_index.json; expected a diffusers pipeline folder"):
+        stepquant.load_pipeline(source / "transformer", torch_dtype=torch.float32)
+
+
+def test_importing_stepquant_is_light():
+    code = "import stepquant, sys; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules); print(dir(stepquant))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "load_pipeline" in result.stdout and "register" in result.stdout
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        stepquant.quantise
