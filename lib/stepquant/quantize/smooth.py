@@ -41,7 +41,11 @@ def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: floa
 def nearest_factors(W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision) -> LayerFactors:
     """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K], smooth bfloat16 [K]."""
     down, up = low_rank_factors(W.float() * smooth.float(), rank, seed=seed)
-    proj_down, proj_up = stored_branch(down, up, smooth)
+    return round_to_nearest(W, smooth, *stored_branch(down, up, smooth), precision)
+
+
+def round_to_nearest(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor, precision: Precision) -> LayerFactors:
+    """The layer whose residual under a given branch (bfloat16, as stored) is rounded to nearest."""
     rest = residual(W, smooth, proj_down, proj_up)
     scales = weight_scales(precision.weight, rest, rounding=precision.weight_rounding)
     return LayerFactors(precision.weight.encode(rest, scales), scales, smooth, proj_down, proj_up, precision)
