@@ -141,9 +141,13 @@ def check_finite(x: Tensor, what: str) -> None:
         )
 
 
-def check_absent(fmt: Format, exponent_offset: int | Tensor, tensor: Tensor | None) -> None:
-    """Raises UserError if a caller hands fmt an exponent offset or a per-tensor scale; for formats without them."""
+def check_no_offset(fmt: Format, exponent_offset: int | Tensor) -> None:
+    """Raises UserError if a caller hands an exponent offset to fmt, a format whose scale is no power of two."""
     if isinstance(exponent_offset, Tensor) or exponent_offset != 0:
         raise UserError(f"exponent offset {exponent_offset}: {fmt.name} has no exponent scale; allowed: 0")
+
+
+def check_no_tensor_scale(fmt: Format, tensor: Tensor | None) -> None:
+    """Raises UserError if a caller hands a per-tensor scale to fmt, a format without one."""
     if tensor is not None:
         raise UserError(f"per-tensor scale: {fmt.name} has none; allowed: None")

@@ -8,6 +8,8 @@ Storage contract: code uint8 0..15 = sign (bit 3), exponent (bits 2..1, bias 1),
 import torch
 from torch import Tensor
 
+from stepquant.formats.core import Format
+
 E2M1_MAX = 6.0
 
 # A float16 (exponent bias 15, 10 mantissa bits) whose lowest exponent bits and highest mantissa bit are E2M1's has
@@ -42,3 +44,16 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
     wide = codes.to(torch.int16)
     fields = (wide & 7) << _MANTISSA_GAP | (wide & 8) << 12
     return fields.view(torch.float16).float().mul_(2.0**_BIAS_GAP)
+
+
+class E2M1Format(Format):
+    """A format with E2M1 elements; its kinds of scale are left to the subclass."""
+
+    def _round(self, y: Tensor) -> Tensor:
+        return round_e2m1(y)
+
+    def _to_codes(self, y: Tensor) -> Tensor:
+        return to_e2m1_codes(y)
+
+    def _from_codes(self, codes: Tensor) -> Tensor:
+        return from_e2m1_codes(codes)

@@ -5,7 +5,7 @@ Storage contract of x [..., K]:
     scales  bfloat16 [..., K/64]
     x = code * scale
 
-The scale is absmax * clip / 7 (SVDQuant, arXiv 2411.05007, section 2, symmetric with q_max = 7), rounded to bfloat16
+The scale is absmax * clip / 7 (SVDQuant, arXiv 2411.05007, section 3, symmetric with q_max = 7), rounded to bfloat16
 before any value is divided by it, so that what is encoded is what will be decoded. -8 is emitted only when a clip
 below 1 pushes a value there.
 """
@@ -13,7 +13,7 @@ below 1 pushes a value there.
 import torch
 from torch import Tensor
 
-from stepquant.formats.core import Format, Scales, check_absent
+from stepquant.formats.core import Format, Scales, check_no_offset, check_no_tensor_scale
 
 # A scale of zero would divide zero by zero; the smallest normal number decodes an all-zero group to exact zeros.
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
@@ -25,7 +25,8 @@ class Int4(Format):
     bits = 4 + 16 / 64
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
-        check_absent(self, exponent_offset, tensor)
+        check_no_offset(self, exponent_offset)
+        check_no_tensor_scale(self, tensor)
         scale = (self._amax(x) * clip / 7).clamp(min=_SMALLEST_SCALE)
         return Scales(_to_bfloat16(scale), None)
 

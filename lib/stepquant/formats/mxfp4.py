@@ -1,4 +1,4 @@
-"""mxfp4: E2M1 elements, one power-of-two scale per 32 values (OCP Microscaling Formats 1.0, sections 5.2 and 6.3).
+"""mxfp4: E2M1 elements, one power-of-two scale per 32 values (OCP Microscaling Formats 1.0, section 6.3).
 
 Storage contract of x [..., K]:
     codes   uint8 [..., K]      E2M1, see e2m1.py
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import UserError
-from stepquant.formats.core import Format, Scales
-from stepquant.formats.e2m1 import E2M1_MAX, from_e2m1_codes, round_e2m1, to_e2m1_codes
+from stepquant.formats.core import Scales, check_no_tensor_scale
+from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _BIAS = 127
 _LARGEST = 253
 
 
-class Mxfp4(Format):
+class Mxfp4(E2M1Format):
     name = "mxfp4"
     group = 32
     bits = 4 + 8 / 32
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
-        if tensor is not None:
-            raise UserError("per-tensor scale: mxfp4 has none; allowed: None")
+        check_no_tensor_scale(self, tensor)
         amax = self._amax(x) * clip
         if rounding == "floor":
             exponent = _floor_log2(amax) - 2
@@ -44,7 +43,7 @@ class Mxfp4(Format):
         return None
 
     def _step(self, scales: Scales) -> Tensor:
-        # e is float32's own exponent field, except that e = 0 is the subnormal 2^-127, bit 22. (torch.compile has no E8M0.)
+        # e is float32's own exponent field, except that e = 0 is 2^-127: subnormal, bit 22. (torch.compile lacks E8M0.)
         bits = (scales.group.int() << 23).clamp(min=1 << 22)
         return bits.view(torch.float32).unsqueeze(-1)
 
@@ -52,15 +51,6 @@ class Mxfp4(Format):
         # 2^(127 - e), also from its bits: dividing by 2^-127 would fail on devices that flush subnormals to zero.
         inverse = ((2 * _BIAS - scales.group.int()) << 23).view(torch.float32)
         return groups * inverse.unsqueeze(-1)
-
-    def _round(self, y: Tensor) -> Tensor:
-        return round_e2m1(y)
-
-    def _to_codes(self, y: Tensor) -> Tensor:
-        return to_e2m1_codes(y)
-
-    def _from_codes(self, codes: Tensor) -> Tensor:
-        return from_e2m1_codes(codes)
 
 
 def _floor_log2(a: Tensor) -> Tensor:

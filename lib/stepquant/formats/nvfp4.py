@@ -1,4 +1,4 @@
-"""nvfp4: E2M1 elements, one E4M3 scale per 16 values, one float32 scale per tensor (NVIDIA, arXiv 2509.25149, appendix A).
+"""nvfp4: E2M1 elements, an E4M3 scale per 16 values, a float32 scale per tensor (NVIDIA, arXiv 2509.25149, section 2).
 
 Storage contract of x [..., K]:
     codes   uint8 [..., K]               E2M1, see e2m1.py
@@ -13,21 +13,21 @@ The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and kept among it
 import torch
 from torch import Tensor
 
-from stepquant.formats.core import Format, Scales, check_absent
-from stepquant.formats.e2m1 import E2M1_MAX, from_e2m1_codes, round_e2m1, to_e2m1_codes
+from stepquant.formats.core import Scales, check_no_offset
+from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _E4M3 = torch.finfo(torch.float8_e4m3fn)
 # (1 / tensor) / scale must stay finite for the smallest group scale, 2^-6.
 _SMALLEST_TENSOR_SCALE = 2.0**-121
 
 
-class Nvfp4(Format):
+class Nvfp4(E2M1Format):
     name = "nvfp4"
     group = 16
     bits = 4 + 8 / 16
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
-        check_absent(self, exponent_offset, None)
+        check_no_offset(self, exponent_offset)
         if tensor is None:
             tensor = torch.ones((), dtype=torch.float32, device=x.device)
         scale = self._amax(x) * clip / E2M1_MAX / tensor
@@ -42,15 +42,6 @@ class Nvfp4(Format):
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
         inverse = scales.tensor.reciprocal() / scales.group.float()
         return groups * inverse.unsqueeze(-1)
-
-    def _round(self, y: Tensor) -> Tensor:
-        return round_e2m1(y)
-
-    def _to_codes(self, y: Tensor) -> Tensor:
-        return to_e2m1_codes(y)
-
-    def _from_codes(self, codes: Tensor) -> Tensor:
-        return from_e2m1_codes(codes)
 
 
 def nvfp4_tensor_scale(x: Tensor) -> Tensor:
