@@ -6,7 +6,8 @@ import torch
 from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.errors import UserError
 
-SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, (1000.0, 950.0, 900.0), ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2"))
+TARGETS = ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2")
+SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, (1000.0, 950.0, 900.0), TARGETS)
 CONFIG = {
     "quant_method": "stepquant",
     "version": 1,

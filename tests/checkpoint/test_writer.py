@@ -105,7 +105,7 @@ def test_one_block_at_a_time(expert, tmp_path):
 
 def test_blocks_must_match_the_settings(expert, tmp_path):
     source, settings, blocks = expert
-    with pytest.raises(ValueError, match="the blocks hold 10 linears, the settings name 20 targets"):
+    with pytest.raises(ValueError, match="the blocks hold 10 linears; they must be the 20 targets"):
         write_expert(source, tmp_path / "out", settings, list(blocks())[:1])
     assert list(tmp_path.iterdir()) == []
 
@@ -143,6 +143,16 @@ def test_source_without_config(expert, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no config.json"):
         write_expert(tmp_path / "empty", tmp_path / "out", settings, [])
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
+def test_broken_json(source, tools, tmp_path, name):
+    broken = tmp_path / "source"
+    shutil.copytree(source, broken)
+    (broken / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: not JSON"):
+        write_checkpoint(broken, tmp_path / "out", experts(source, tools))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_source_is_quantized_already(expert, tmp_path):

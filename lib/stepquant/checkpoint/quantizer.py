@@ -10,7 +10,7 @@ import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.checkpoint.layout import QUANT_METHOD, QuantizationSettings
 from stepquant.errors import UserError
@@ -64,10 +64,11 @@ class StepquantQuantizer(DiffusersQuantizer):
         owner, _, name = param_name.rpartition(".")
         return name != "bias" and isinstance(model.get_submodule(owner), W4A4Linear)
 
-    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor) -> None:
-        raise UserError(f"{param_name} has shape {list(loaded_param.shape)}; quantization_config and config.json ask for {list(current_param.shape)}")
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> None:
+        found, expected = list(loaded_param.shape), list(current_param.shape)
+        raise UserError(f"{param_name} has shape {found}; quantization_config and config.json ask for {expected}")
 
-    def create_quantized_param(self, model, param_value, param_name: str, target_device, state_dict, *args, **kwargs) -> None:
+    def create_quantized_param(self, model, param_value, param_name: str, target_device, state_dict, *args, **kwargs):
         owner, _, name = param_name.rpartition(".")
         linear = model.get_submodule(owner)
         stored = state_dict[param_name]  # param_value has been cast to torch_dtype, which would round scales and clips
@@ -112,4 +113,4 @@ def _check_keys(expected: set[str], loaded: set[str], targets: tuple[str, ...]) 
         raise UserError(f"checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
     prefixes = tuple(f"{target}." for target in targets)
     if foreign := sorted(key for key in loaded - expected if key.startswith(prefixes)):
-        raise UserError(f"checkpoint holds {len(foreign)} tensors its quantized linears do not have, the first is {foreign[0]!r}")
+        raise UserError(f"checkpoint holds {len(foreign)} tensors that its linears do not have, the first is {foreign[0]!r}")

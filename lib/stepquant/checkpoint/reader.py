@@ -108,7 +108,7 @@ def open_weights(folder: Path) -> Weights:
             return Weights(folder, read_header(single))
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise UserError(f"{folder}: found only pickled weights ({pickles[0]}), which could run code when read; convert them to safetensors")
+        raise UserError(f"{folder}: found only pickled weights ({pickles[0]}), which can run code; convert them to safetensors")
     names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
     raise UserError(f"{folder}: no weights; expected {names}")
 

@@ -34,14 +34,12 @@ def write_checkpoint(source: Path, out: Path, experts: dict[str, tuple[Quantizat
     component with pickled weights only, or if out exists.
     """
     source, out = Path(source), Path(out)
-    index = source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{source}: no model_index.json; expected a diffusers pipeline folder")
-    components = [name for name, value in json.loads(index.read_text()).items() if isinstance(value, list) and value[0]]
+    index = _read_json(source / "model_index.json", "a diffusers pipeline folder")
+    components = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     if unknown := sorted(set(experts) - set(components)):
         raise UserError(f"{source}: the pipeline has no component {unknown[0]!r}; it has {', '.join(components)}")
     with _whole_or_absent(out) as work:
-        shutil.copyfile(index, work / index.name)
+        shutil.copyfile(source / "model_index.json", work / "model_index.json")
         for name in components:
             if name in experts:
                 write_expert(source / name, work / name, *experts[name])
@@ -58,7 +56,9 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
     ValueError if blocks and settings disagree.
     """
     source, out = Path(source), Path(out)
-    config = _read_config(source)
+    config = _read_json(source / "config.json", "the folder of a diffusers model")
+    if "quantization_config" in config:
+        raise UserError(f"{source}: is quantized already; expected an unquantized model")
     weights = open_weights(source)
     for target in settings.targets:
         weights.info(f"{target}.weight")
@@ -69,7 +69,7 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
             del block  # before the next one is made
         found = sorted(key.removesuffix(".qweight") for shard in shards for key in shard.sizes if key.endswith(".qweight"))
         if found != sorted(settings.targets):
-            raise ValueError(f"the blocks hold {len(found)} linears, the settings name {len(settings.targets)} targets; they must be the same")
+            raise ValueError(f"the blocks hold {len(found)} linears; they must be the {len(settings.targets)} targets of the settings")
         replaced = {f"{target}.weight" for target in settings.targets}
         shards.append(_save(work, "rest", {key: weights.get(key) for key in weights if key not in replaced}))
         _write_index(work, shards)
@@ -114,14 +114,13 @@ def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _read_config(source: Path) -> dict:
-    file = source / "config.json"
+def _read_json(file: Path, expected: str) -> dict:
     if not file.is_file():
-        raise UserError(f"{source}: no config.json; expected the folder of a diffusers model")
-    config = json.loads(file.read_text())
-    if "quantization_config" in config:
-        raise UserError(f"{source}: is quantized already; expected an unquantized model")
-    return config
+        raise UserError(f"{file.parent}: no {file.name}; expected {expected}")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as e:
+        raise UserError(f"{file}: not JSON ({e})") from e
 
 
 def _copy_component(source: Path, out: Path) -> None:

@@ -36,7 +36,8 @@ class W4A4Linear(nn.Linear):
         for name, (shape, dtype) in linear_layout(settings, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.register_buffer("bin", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None)
+        bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", bias_values)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -53,8 +54,10 @@ class W4A4Linear(nn.Linear):
         # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
         ratio = self.clip_ratio.index_select(0, self.bin)
         offset = self.clip_exponent.index_select(0, self.bin) if self.activation_format.name == "mxfp4" else 0
-        rounding = self.activation_rounding
-        return self.activation_format.fake_quantize(smoothed, clip=ratio, exponent_offset=offset, rounding=rounding).to(x.dtype)
+        rounded = self.activation_format.fake_quantize(
+            smoothed, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
+        )
+        return rounded.to(x.dtype)
 
     def dequantized_weight(self) -> Tensor:
         """The 4-bit part of the weight, float32 [N, K]; it belongs to the smoothed input, the branch is not in it."""
