@@ -1,5 +1,7 @@
 """A tiny two-expert Wan pipeline with heavy-tailed random weights, and a round-to-nearest quantization of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
@@ -9,6 +11,9 @@ from stepquant.checkpoint.packed import pack_linear
 from stepquant.checkpoint.reader import open_weights
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import WAN_SITES
+
+# Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
+torch.set_num_threads(1)
 
 TARGETS = tuple(f"blocks.{i}.{linear}" for i in range(2) for site in WAN_SITES for linear in site.linears)
 EDGES = {"transformer": (1000.0, 950.0, 925.0, 900.0), "transformer_2": (900.0, 600.0, 300.0, 0.0)}
@@ -40,7 +45,8 @@ def make_transformer(seed):
 def source(tmp_path_factory):
     """The folder of the unquantized pipeline. Text encoder and tokenizer are left out: prompts come as embeddings."""
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    dims = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    vae = AutoencoderKLWan(**dims, temperal_downsample=[False, True, True])
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -81,16 +87,10 @@ def quantized_blocks(source, settings):
     weights = open_weights(source)
     for i in range(2):
         mine = [target for target in settings.targets if target.startswith(f"blocks.{i}.")]
-        yield i, {target: quantize(weights.get(f"{target}.weight"), settings, seed=hash_of(target)) for target in mine}
-
-
-def hash_of(target):
-    return sum(map(ord, target))
+        yield i, {target: quantize(weights.get(f"{target}.weight"), settings, seed=sum(target.encode())) for target in mine}
 
 
 @pytest.fixture(scope="session")
 def tools():
     """The functions above, for tests to call (conftest cannot be imported)."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(settings=make_settings, blocks=quantized_blocks, quantize=quantize, targets=TARGETS, edges=EDGES)
+    return SimpleNamespace(settings=make_settings, blocks=quantized_blocks, edges=EDGES)

@@ -38,7 +38,7 @@ def test_weights_only():
     ("change", "message"),
     [
         ({"quant_method": "svdquant"}, "quant_method is 'svdquant'"),
-        ({"version": 2}, "version is 2; this release of stepquant reads version 1"),
+        ({"version": 2}, "version is 2; this stepquant reads version 1"),
         ({"version": None}, "version is None"),
         ({"weight_format": "int8"}, "'int8' does not exist; allowed: int4, mxfp4, nvfp4"),
         ({"activation_format": "fp8"}, "'fp8' does not exist"),

@@ -18,7 +18,10 @@ from stepquant.runtime.linear import W4A4Linear
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
 
 
-@pytest.fixture(scope="module", params=[("int4", "int4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("nvfp4", None)], ids=str)
+FORMATS = [("int4", "int4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("nvfp4", None)]
+
+
+@pytest.fixture(scope="module", params=FORMATS, ids=str)
 def checkpoint(request, source, tools, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoint") / "out"
     settings = {name: tools.settings(name, *request.param, rank=8) for name in tools.edges}
@@ -54,7 +57,7 @@ def test_makes_a_video(checkpoint, dtype):
         linear.bin.fill_(1)
     frames = make_video(pipe)
     assert frames.shape == (1, 9, 3, 32, 32) and frames.isfinite().all()
-    # The three steps are t = 1000 (high noise: bin 0 of 1000, 950, 925, 900), 834.7 and 24.4 (low: bin 2 of 900, 600, 300, 0).
+    # Three steps: t = 1000 (high noise, bin 0 of 1000, 950, 925, 900), then 834.7 and 24.4 (low, bin 2 of 900, 600, 300, 0).
     assert [linear.bin.item() for linear in linears] == [0, 2]
 
 
@@ -69,8 +72,14 @@ def test_pipeline_save_pretrained_round_trip(checkpoint, tmp_path):
     first = stepquant.load_pipeline(checkpoint, torch_dtype=torch.float32, **NO_TEXT)
     first.save_pretrained(tmp_path)
     second = stepquant.load_pipeline(tmp_path, torch_dtype=torch.float32, **NO_TEXT)
-    # Tensors are equal bit for bit (test_quantizer), but lie at other addresses, and CPU kernels round by alignment.
-    torch.testing.assert_close(make_video(first), make_video(second), rtol=0, atol=1e-5)
+    # Tensors, not videos: they lie at other offsets in the new files, and CPU kernels round differently by alignment.
+    for name in ("transformer", "transformer_2", "vae"):
+        before, after = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+        assert set(before) == set(after)
+        for key, tensor in before.items():
+            assert tensor.dtype == after[key].dtype
+            assert torch.equal(tensor.contiguous().view(torch.uint8), after[key].contiguous().view(torch.uint8)), key
+    assert make_video(second).isfinite().all()
 
 
 def test_damaged_checkpoint(checkpoint, tmp_path):

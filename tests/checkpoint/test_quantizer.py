@@ -158,7 +158,7 @@ def test_wrong_dtype(damaged):
 
 
 def test_another_version(damaged):
-    with pytest.raises(UserError, match="version is 2; this release of stepquant reads version 1"):
+    with pytest.raises(UserError, match="version is 2; this stepquant reads version 1"):
         damaged(version=2)
 
 

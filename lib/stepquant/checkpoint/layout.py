@@ -90,7 +90,7 @@ class QuantizationSettings:
         if method != QUANT_METHOD:
             raise UserError(f"quantization_config: quant_method is {method!r}; allowed: {QUANT_METHOD!r}")
         if version != VERSION:
-            raise UserError(f"quantization_config: version is {version!r}; this release of stepquant reads version {VERSION}")
+            raise UserError(f"quantization_config: version is {version!r}; this stepquant reads version {VERSION}")
         known = {field.name for field in fields(cls)}
         if missing := sorted(known - set(values)):
             raise UserError(f"quantization_config: missing {', '.join(missing)}")

@@ -61,7 +61,8 @@ def pack_linear(
     if scales.tensor is not None:
         wtscale = scales.tensor.to(torch.bfloat16).reshape(1)
         if wtscale.item() != scales.tensor.item():
-            raise ValueError(f"tensor scale {scales.tensor.item()} is no bfloat16 value; round it before computing group scales")
+            found = scales.tensor.item()
+            raise ValueError(f"tensor scale {found} is no bfloat16 value; round it before computing group scales")
         wcscales = torch.ones(N, dtype=torch.bfloat16, device=codes.device)
     return PackedLinear(
         qweight=pack_nibbles(codes).view(torch.int8),

@@ -67,9 +67,11 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
         for index, block in blocks:
             shards.append(_save(work, f"block-{index:05d}", _block_tensors(block, settings, weights)))
             del block  # before the next one is made
-        found = sorted(key.removesuffix(".qweight") for shard in shards for key in shard.sizes if key.endswith(".qweight"))
+        codes = [key for shard in shards for key in shard.sizes if key.endswith(".qweight")]
+        found = sorted(key.removesuffix(".qweight") for key in codes)
         if found != sorted(settings.targets):
-            raise ValueError(f"the blocks hold {len(found)} linears; they must be the {len(settings.targets)} targets of the settings")
+            targets = len(settings.targets)
+            raise ValueError(f"the blocks hold {len(found)} linears; they must be the {targets} targets of the settings")
         replaced = {f"{target}.weight" for target in settings.targets}
         shards.append(_save(work, "rest", {key: weights.get(key) for key in weights if key not in replaced}))
         _write_index(work, shards)
