@@ -16,28 +16,41 @@ def precision(name: str) -> Precision:
 
 
 def test_formula():
-    # x^0.5 / w^0.5 = [1/2, 2, 8] has geometric mean 2.
+    # x^0.5 / w^0.5 = [1/2, 2, 8] makes x/s = [2, 2, 2], an eighth of 16: s is an eighth of that.
     s = smoothing_factor(torch.tensor([1.0, 4.0, 16.0]), torch.tensor([4.0, 1.0, 0.25]), alpha=0.5, beta=0.5)
     assert s.dtype == torch.bfloat16
-    assert s.tolist() == [0.25, 1.0, 4.0]
+    assert s.tolist() == [0.0625, 0.25, 1.0]
 
 
 def test_beta_is_free():
-    # x^1 / w^0 = [1, 4] has geometric mean 2; x^0 / w^-1 = [2, 8] has 4.
     x_span, w_span = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])
-    assert smoothing_factor(x_span, w_span, alpha=1.0, beta=0.0).tolist() == [0.5, 2.0]
-    assert smoothing_factor(x_span, w_span, alpha=0.0, beta=-1.0).tolist() == [0.5, 2.0]
+    # x^1 = [1, 4] makes x/s = [1, 1]: s is a sixteenth of that.
+    assert smoothing_factor(x_span, w_span, alpha=1.0, beta=0.0).tolist() == [0.0625, 0.25]
+    # w^1 = [2, 8] makes x/s = [1/2, 1/2]: s is 1/32 of that.
+    assert smoothing_factor(x_span, w_span, alpha=0.0, beta=-1.0).tolist() == [0.0625, 0.25]
 
 
-def test_scale_of_the_input_does_not_matter():
+def test_smoothed_size_does_not_depend_on_the_input():
     x_span, w_span = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(64)
-    one, two = (smoothing_factor(x_span * k, w_span, alpha=0.5, beta=0.5).float() for k in (1.0, 1e6))
-    torch.testing.assert_close(one, two, rtol=2**-8, atol=0)
+    for size in (1e-6, 1.0, 1e6):
+        smoothed = size * x_span / smoothing_factor(size * x_span, w_span, alpha=0.5, beta=0.5).float()
+        assert smoothed.log().mean().exp().item() == pytest.approx(16, rel=2**-8)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_nvfp4_activations_stay_in_the_range_of_their_scales(layer, size):
+    """E4M3 scales end at 2^-6 and 448, so the size of the input must be smoothed away."""
+    W, x = layer
+    x = size * x
+    smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
+    factors = nearest_factors(W, smooth, rank=8, seed=0, precision=precision("nvfp4"))
+    assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T) < 0.1
 
 
 def test_dead_channels_are_left_alone():
+    # The third channel alone is live: its x/s is 16.
     x_span, w_span = torch.tensor([0.0, 9.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    assert smoothing_factor(x_span, w_span, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert smoothing_factor(x_span, w_span, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 0.0625, 1.0]
     assert smoothing_factor(torch.zeros(3), torch.ones(3), alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 1.0]
 
 

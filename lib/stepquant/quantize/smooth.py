@@ -4,6 +4,7 @@ The layer sees x/s and the weight is W*s, so that without quantization nothing c
 as stored everywhere.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from stepquant.formats import weight_scales
 from stepquant.quantize.layer import LayerFactors, Precision, layer_output, relative_error
 from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch
+
+# Engines quantize nvfp4 activations without a per-tensor scale, so E4M3 group scales must cover them alone: 2^-6 to 448.
+# Smoothed channels that reach 16 put those scales near the middle of that range, whatever the size of x.
+TYPICAL_SPAN = 16.0
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,16 @@ class SmoothingSearch:
 
 
 def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """s = x_span^alpha / w_span^beta with geometric mean 1, bfloat16 [K].
+    """s = x_span^alpha / w_span^beta, times a constant that makes the geometric mean of x_span/s 16; bfloat16 [K].
 
-    x_span, w_span [K]: absmax of each channel of the input and of the weight. A channel that is dead on either side
-    (span 0) has nothing to balance: its s is 1.
+    x_span, w_span [K]: how far each channel of the input and of the weight reaches (absmax, or root mean square). A channel
+    that is dead on either side (span 0) has nothing to balance: its s is 1.
     """
     x_span, w_span = x_span.float(), w_span.float()
     live = (x_span > 0) & (w_span > 0)
     log_s = alpha * x_span.log() - beta * w_span.log()
-    log_s = torch.where(live, log_s - log_s[live].mean(), torch.zeros_like(log_s))
-    return log_s.exp().to(torch.bfloat16)
+    size = (x_span.log() - log_s)[live].mean() - math.log(TYPICAL_SPAN)
+    return torch.where(live, log_s + size, torch.zeros_like(log_s)).exp().to(torch.bfloat16)
 
 
 def nearest_factors(W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision) -> LayerFactors:
