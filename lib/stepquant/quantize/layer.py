@@ -1,14 +1,15 @@
 """The arithmetic of one quantized layer; every search and every reported layer error goes through it.
 
-    y = fq(x / s; clip) @ dequant(Wq).T + (x @ proj_down) @ proj_up.T
+    y = fq(rotate(x / s); clip) @ dequant(Wq).T + (x @ proj_down) @ proj_up.T
 
 N rows (all linears of a site stacked), K input channels, rank r, T tokens:
 
-    codes      uint8    [N, K]    4-bit codes of the residual W*s - (proj_up @ proj_down.T)*s, one code per byte
+    codes      uint8    [N, K]    4-bit codes of rotate(W*s - (proj_up @ proj_down.T)*s), one code per byte
     scales     Scales             of the weight format
     smooth     bfloat16 [K]       s: the main path sees x/s
     proj_down  bfloat16 [K, r]    eats the raw, unquantized x
     proj_up    bfloat16 [N, r]
+    rotation   int                block of the Hadamard rotation (rotate.py); 0 is none
 
 The bias is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stepquant.formats import Format, Scales
+from stepquant.quantize.rotate import rotate
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LayerFactors:
     proj_down: Tensor
     proj_up: Tensor
     precision: Precision
+    rotation: int = 0
 
 
 def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
@@ -58,12 +61,12 @@ def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponen
 def main_path(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
     """The 4-bit part of the output, float32 [T, N]."""
     precision = factors.precision
-    smoothed = x.float() / factors.smooth.float()
+    seen = rotate(x.float() / factors.smooth.float(), factors.rotation)
     if precision.activation is not None:
-        smoothed = precision.activation.fake_quantize(
-            smoothed, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding
+        seen = precision.activation.fake_quantize(
+            seen, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding
         )
-    return smoothed @ precision.weight.decode(factors.codes, factors.scales).T
+    return seen @ precision.weight.decode(factors.codes, factors.scales).T
 
 
 def branch_path(x: Tensor, factors: LayerFactors) -> Tensor:

@@ -33,6 +33,19 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     return root[:, None] * Vh, U * root
 
 
+def weighted_low_rank_factors(W: Tensor, H: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, as `low_rank_factors`.
+
+    With H [K, K] the (damped) second moments of x, this is the error of x @ L.T on those tokens, not that of the weight:
+    for H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040). Raises UserError if H is not positive definite.
+    """
+    C, info = torch.linalg.cholesky_ex(H.float())
+    if info != 0:
+        raise UserError("low-rank branch: second moments are not positive definite; raise gptq.damping or capture more tokens")
+    down, up = low_rank_factors(W.float() @ C, rank, seed=seed)
+    return torch.linalg.solve_triangular(C, down, upper=False, left=False), up
+
+
 def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of W*s -> (proj_down [K, r], proj_up [N, r]) in bfloat16, as stored: proj_down eats the raw x."""
     return (down / smooth.float()).T.to(torch.bfloat16).contiguous(), up.to(torch.bfloat16)

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepquant.formats import weight_scales
 from stepquant.quantize.layer import LayerFactors, Precision, layer_output, relative_error
 from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch
+from stepquant.quantize.rotate import rotate
 
 # Engines quantize nvfp4 activations without a per-tensor scale, so E4M3 group scales must cover them alone: 2^-6 to 448.
 # Smoothed channels that reach 16 put those scales near the middle of that range, whatever the size of x.
@@ -43,17 +44,21 @@ def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: floa
     return torch.where(live, log_s + size, torch.zeros_like(log_s)).exp().to(torch.bfloat16)
 
 
-def nearest_factors(W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision) -> LayerFactors:
+def nearest_factors(
+    W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision, rotation: int = 0
+) -> LayerFactors:
     """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K], smooth bfloat16 [K]."""
     down, up = low_rank_factors(W.float() * smooth.float(), rank, seed=seed)
-    return round_to_nearest(W, smooth, *stored_branch(down, up, smooth), precision)
+    return round_to_nearest(W, smooth, *stored_branch(down, up, smooth), precision, rotation)
 
 
-def round_to_nearest(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor, precision: Precision) -> LayerFactors:
+def round_to_nearest(
+    W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor, precision: Precision, rotation: int = 0
+) -> LayerFactors:
     """The layer whose residual under a given branch (bfloat16, as stored) is rounded to nearest."""
-    rest = residual(W, smooth, proj_down, proj_up)
+    rest = rotate(residual(W, smooth, proj_down, proj_up), rotation)
     scales = weight_scales(precision.weight, rest, rounding=precision.weight_rounding)
-    return LayerFactors(precision.weight.encode(rest, scales), scales, smooth, proj_down, proj_up, precision)
+    return LayerFactors(precision.weight.encode(rest, scales), scales, smooth, proj_down, proj_up, precision, rotation)
 
 
 def search_smoothing(

@@ -1,0 +1,38 @@
+"""Block-Hadamard rotation of the smoothed input: spreads a token's outliers over the block before they are quantized.
+
+    x/s -> rotate(x/s, b),   residual -> rotate(residual, b):   their product is unchanged
+
+The Sylvester matrix of order b divided by sqrt(b) is symmetric and orthogonal, so a rotation is its own inverse. Measured:
+a quarter less W4A4 error for int4, a tenth for mxfp4, nothing for nvfp4 (as MR-GPTQ, arXiv 2509.23202, explains).
+"""
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import UserError
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """x [..., K] with each run of `block` channels rotated, in x's dtype; block 0 leaves x as it is.
+
+    Raises UserError unless block is 0 or a power of two that divides K.
+    """
+    if block == 0:
+        return x
+    K = x.shape[-1]
+    if block < 0 or block.bit_count() != 1 or K % block:
+        raise UserError(f"rotation: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
+    return (x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)).flatten(-2)
+
+
+def rotate_moments(H: Tensor, block: int) -> Tensor:
+    """Second moments [K, K] of rotate(x, block), from those of x."""
+    return rotate(rotate(H, block).T, block)
+
+
+def hadamard(order: int) -> Tensor:
+    """Orthonormal Sylvester-Hadamard matrix, float32 [order, order], for a power of two."""
+    H = torch.ones(1, 1)
+    while H.shape[0] < order:
+        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+    return H / order**0.5
