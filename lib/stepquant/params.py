@@ -4,7 +4,6 @@ There are no defaults here, on purpose: DVC sees only what stands in params.yaml
 A stage names the sections it reads and gets nothing else; `experts.<expert>.<section>` holds that expert's overrides.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ from stepquant.errors import UserError
 
 FormatName = Literal["int4", "mxfp4", "nvfp4"]
 Rounding = Literal["floor", "ceil"]
-Variant = Literal["bf16", "w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "full"]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 
@@ -45,7 +43,6 @@ class Sampling(Section):
     height: Positive
     width: Positive
     num_frames: Positive
-    fps: Positive
     steps: Positive
     flow_shift: Annotated[float, Field(gt=0)]
     guidance_scale: Annotated[float, Field(ge=1)]
@@ -117,6 +114,7 @@ class Generate(Section):
 
     manifest: str
     prompts: Positive | None
+    fps: Positive
 
 
 class Evaluate(Section):
@@ -154,22 +152,20 @@ SECTIONS: dict[str, Any] = {
     "evaluate": Evaluate,
     "report": Report,
 }
-OVERRIDABLE = ("format", "smooth", "lowrank", "gptq", "clip")
-LISTS = ("variants", "experts")
+OVERRIDABLE = ("smooth", "lowrank", "gptq", "clip")
 
 
-class _Whole(BaseModel):
-    """The lists that dvc.yaml's matrices run over."""
+class _Experts(BaseModel):
+    """What each expert does differently; dvc.yaml runs over its keys."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-    variants: Annotated[list[Variant], Field(min_length=1)]
-    experts: dict[str, dict[str, dict[str, Any]]]
+    experts: Annotated[dict[str, dict[str, dict[str, Any]]], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _known_overrides(self) -> "_Whole":
+    def _known_overrides(self) -> "_Experts":
         for expert, sections in self.experts.items():
             if set(sections) != set(OVERRIDABLE):
-                raise ValueError(f"experts.{expert} has {sorted(sections)}; allowed: exactly {sorted(OVERRIDABLE)} (empty is fine)")
+                raise ValueError(f"{expert} has {sorted(sections)}; allowed: exactly {sorted(OVERRIDABLE)} (empty is fine)")
         return self
 
 
@@ -183,9 +179,9 @@ def read_params(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found {type(raw).__name__}; expected sections such as {', '.join(SECTIONS)}")
-    unknown = sorted(set(raw) - set(SECTIONS) - set(LISTS))
+    unknown = sorted(set(raw) - set(SECTIONS) - {"experts"})
     if unknown:
-        raise UserError(f"{path}: unknown section '{unknown[0]}'; allowed: {', '.join([*SECTIONS, *LISTS])}")
+        raise UserError(f"{path}: unknown section '{unknown[0]}'; allowed: {', '.join([*SECTIONS, 'experts'])}")
     return raw
 
 
@@ -201,17 +197,12 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
     return _validate(SECTIONS[name], values, path, prefix)
 
 
-def variants(path: Path) -> list[str]:
-    """The variants that are packed, sampled and compared."""
-    return _validate(_Whole, read_params(path), path, "").variants
-
-
-def check(path: Path, names: Iterable[str] = tuple(SECTIONS)) -> None:
+def check(path: Path) -> None:
     """Validate the whole file: every section, and every section as each expert sees it. Raises UserError."""
-    whole = _validate(_Whole, read_params(path), path, "")
-    for name in names:
+    experts = _validate(_Experts, read_params(path), path, "").experts
+    for name in SECTIONS:
         section(path, name)
-        for expert in whole.experts if name in OVERRIDABLE else ():
+        for expert in experts if name in OVERRIDABLE else ():
             section(path, name, expert)
 
 

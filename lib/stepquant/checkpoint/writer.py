@@ -96,7 +96,8 @@ def _block_tensors(block: dict[str, PackedLinear], settings: QuantizationSetting
 
 def _save(work: Path, name: str, tensors: dict[str, Tensor]) -> _Shard:
     file = work / f"{name}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    # Cloned, because safetensors refuses tensors that share memory, as to_q, to_k and to_v do with what they share.
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
     return _Shard(file, {key: tensor.nbytes for key, tensor in tensors.items()})
 
 

@@ -62,8 +62,8 @@ class UnitStore:
         partial.mkdir()
         try:
             work(partial)
-            names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-            files = {name: _sha256(partial / name) for name in names}
+            files = file_digests(partial)
+            _sync(partial, files)
             _write_synced(partial / MARKER, json.dumps({"files": files}, indent=1, sort_keys=True))
             os.rename(partial, self.root / key)
         finally:
@@ -99,6 +99,12 @@ def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder by its relative path, hidden files and folders left out; sorted."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: _sha256(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))}
+
+
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
@@ -113,9 +119,17 @@ def _digest(files: dict[str, str]) -> str:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path, files: dict[str, str]) -> None:
+    """Bring the files to disk before the marker says that they are there."""
+    for name in files:
+        handle = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stepquant.errors import UserError
 from stepquant.evaluate.fidelity import first_frame_psnr, psnr, psnr_frames, ssim_frames
-from stepquant.evaluate.files import finished_or_absent
+from stepquant.files import finished_or_absent
 from stepquant.evaluate.layers import LayerError, geometric_mean, mean_by
 from stepquant.evaluate.summary import Bootstrap, interval, paired_difference
 from stepquant.evaluate.temporal import motion, temporal_flickering

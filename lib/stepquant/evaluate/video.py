@@ -18,7 +18,7 @@ from av.container import Flags
 from PIL import Image, ImageDraw, ImageFont
 
 from stepquant.errors import UserError
-from stepquant.evaluate.files import finished_or_absent
+from stepquant.files import finished_or_absent
 
 LABEL_HEIGHT = 16  # pixels of the caption band of a preview
 

@@ -1,6 +1,6 @@
 import pytest
 
-from stepquant.evaluate.files import finished_or_absent
+from stepquant.files import finished_or_absent
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):

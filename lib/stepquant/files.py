@@ -18,3 +18,9 @@ def finished_or_absent(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    with finished_or_absent(path) as partial:
+        partial.write_text(text, encoding="utf-8")

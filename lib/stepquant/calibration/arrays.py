@@ -1,0 +1,60 @@
+"""Tensors in Zarr v3 groups: uncompressed, written once, complete or refused.
+
+    <group>/zarr.json             attributes: {"complete": true, ...}, written last
+    <group>/<array>/zarr.json     bfloat16 is kept as uint16 with the attribute {"view": "bfloat16"}
+    <group>/<array>/c/...         one chunk, or one per index of the first axis for arrays of 3 and more axes
+
+Zarr reads a missing chunk as zeros without an error, so a group without its marker, or with fewer chunk files than its
+arrays need, is refused.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+
+from stepquant.errors import UserError
+
+
+def write_group(folder: Path, tensors: dict[str, torch.Tensor], attributes: dict[str, Any]) -> None:
+    """Write tensors as one group; the completion marker comes last."""
+    group = zarr.open_group(folder, mode="w")
+    for name, tensor in tensors.items():
+        view = tensor.detach().cpu().contiguous()
+        extra = {}
+        if view.dtype == torch.bfloat16:
+            view, extra = view.view(torch.uint16), {"view": "bfloat16"}
+        array = view.numpy()
+        chunks = (1, *array.shape[1:]) if array.ndim >= 3 else array.shape
+        stored = group.create_array(
+            name, shape=array.shape, chunks=tuple(max(1, n) for n in chunks), dtype=array.dtype, compressors=None, attributes=extra,
+            config={"write_empty_chunks": True},
+        )
+        stored[...] = array
+    group.attrs.update(attributes | {"complete": True})
+
+
+def open_group(folder: Path) -> zarr.Group:
+    """A complete group. Raises UserError if it is missing or was not finished."""
+    try:
+        group = zarr.open_group(folder, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no such Zarr group; run the stage that writes it") from None
+    if not group.attrs.get("complete"):
+        raise UserError(f"{folder}: this Zarr group was never finished; remove it and run its stage again")
+    return group
+
+
+def read_tensor(group: zarr.Group, name: str, index: Any = ...) -> torch.Tensor:
+    """An array of a group, or `array[index]`. Raises UserError if the array or one of its chunks is missing."""
+    where = f"{group.store_path}/{name}"
+    if name not in group:
+        raise UserError(f"{where}: no such array")
+    array = group[name]
+    expected = prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
+    if array.nchunks_initialized != expected:
+        raise UserError(f"{where}: {array.nchunks_initialized} of {expected} chunks are there; remove the folder and run its stage again")
+    tensor = torch.from_numpy(array[index])
+    return tensor.view(torch.bfloat16) if array.attrs.get("view") == "bfloat16" else tensor

@@ -1,0 +1,110 @@
+"""Prompt manifests: JSONL, one prompt with its first frame and seed per line.
+
+    {"id": "calibration_01", "split": "calibration", "prompt": "...", "negative_prompt": "", "image": "images/01.png", "seed": 7}
+
+`image` is relative to the manifest's folder and stays inside it; other keys (source, license, extra) are not read here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from stepquant.errors import UserError
+from stepquant.params import Generate
+
+_ID = re.compile(r"[A-Za-z0-9_]+")
+_TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "image": str, "seed": int}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a manifest; image is the path of an existing, readable picture."""
+
+    id: str
+    split: str
+    prompt: str
+    negative_prompt: str
+    image: Path
+    seed: int
+
+    def load_image(self) -> Image.Image:
+        with Image.open(self.image) as image:
+            return image.convert("RGB")
+
+    def digest(self) -> str:
+        """Digest of all that decides what is sampled: texts, seed and the picture's bytes."""
+        row = [self.id, self.split, self.prompt, self.negative_prompt, self.seed]
+        return hashlib.sha256(json.dumps(row).encode() + self.image.read_bytes()).hexdigest()
+
+
+def read_manifest(path: Path) -> list[Prompt]:
+    """All prompts in file order. Raises UserError naming file and line for anything that is not as above."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
+    prompts = list(_rows(path, lines))
+    if not prompts:
+        raise UserError(f"{path}: the manifest is empty; expected at least one prompt")
+    return prompts
+
+
+def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> list[Prompt]:
+    """The first `count` prompts of a split (None: all). Raises UserError if the manifest has fewer."""
+    chosen = [p for p in prompts if p.split == split]
+    if not chosen or (count is not None and count > len(chosen)):
+        raise UserError(f"{where}: has {len(chosen)} prompts with split '{split}'; at least {count or 1} are asked for")
+    return chosen[:count]
+
+
+def evaluation_prompts(settings: Generate) -> list[Prompt]:
+    """The prompts that every variant is sampled and scored on."""
+    return take(read_manifest(Path(settings.manifest)), "evaluation", settings.prompts, settings.manifest)
+
+
+def _rows(path: Path, lines: list[str]) -> Iterator[Prompt]:
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        row = _parse(line, where)
+        if row["id"] in seen:
+            raise UserError(f"{where}: id '{row['id']}' is used twice; ids must be unique")
+        seen.add(row["id"])
+        yield Prompt(**{key: row[key] for key in _TYPES} | {"image": _image(path.parent, row["image"], where)})
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {type(row).__name__}; expected one JSON object per line")
+    for key, kind in _TYPES.items():
+        if not isinstance(row.get(key), kind):
+            raise UserError(f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}")
+    if not _ID.fullmatch(row["id"]):
+        raise UserError(f"{where}: id '{row['id']}'; allowed: letters, digits and underscores")
+    return row
+
+
+def _image(root: Path, relative: str, where: str) -> Path:
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise UserError(f"{where}: image '{relative}' leaves the manifest's folder; allowed: paths inside {root}")
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except FileNotFoundError:
+        raise UserError(f"{where}: image '{relative}' does not exist in {root}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{where}: image '{relative}' is no readable picture: {error}") from None
+    return path

@@ -1,0 +1,103 @@
+"""Recorded denoiser calls: what the BF16 pipeline gave to its experts while it sampled the calibration prompts.
+
+One Zarr group per prompt id (S steps, R = 2 branches with guidance, 1 without):
+
+    latents      [S, C, F, H, W]    the noisy part of the input, the same for both branches of a step
+    condition    [P, F, H, W]       mask and image latents, the same at every step (P = 0 without an image)
+    embeddings   [R, L, text_dim]   text embeddings: prompt, then negative prompt
+    timesteps    [S] float32        t as the denoiser got it
+    attributes   split, experts (the expert's name per step)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepquant.calibration.arrays import open_group, read_tensor, write_group
+from stepquant.errors import UserError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser: which prompt, step and guidance branch (0: prompt, 1: negative prompt), and at which t."""
+
+    prompt: str
+    split: str
+    step: int
+    branch: int
+    t: float
+
+
+@contextmanager
+def recorded(experts: dict[str, torch.nn.Module]) -> Iterator[list[dict[str, Any]]]:
+    """Collect the inputs of every call of the experts (name -> module) made inside the block, in order."""
+    calls: list[dict[str, Any]] = []
+
+    def hook(name: str):
+        def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            keys = ("hidden_states", "timestep", "encoder_hidden_states")
+            calls.append({"expert": name} | {key: kwargs[key].detach().cpu().clone() for key in keys})
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in experts.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_trajectory(folder: Path, calls: list[dict[str, Any]], latent_channels: int, split: str) -> None:
+    """Store one prompt's recorded calls (batch 1 each), dropping what is the same in all of them."""
+    times = [float(call["timestep"].flatten()[0]) for call in calls]
+    first = [i for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
+    branches = len(calls) // len(first)
+    inputs = [calls[i]["hidden_states"][0] for i in first]
+    for name, tensor in (("latents", torch.stack(inputs)), ("embeddings", calls[0]["encoder_hidden_states"])):
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{folder.name}: the pipeline produced NaN or Inf in the {name} it gave to its denoiser; check the model and compute.dtype")
+    tensors = {
+        "latents": torch.stack([x[:latent_channels] for x in inputs]),
+        "condition": inputs[0][latent_channels:],
+        "embeddings": torch.cat([call["encoder_hidden_states"] for call in calls[:branches]]),
+        "timesteps": torch.tensor([times[i] for i in first], dtype=torch.float32),
+    }
+    write_group(folder, tensors, {"split": split, "experts": [calls[i]["expert"] for i in first]})
+
+
+class Trajectories:
+    """The recorded calls of all prompts, read lazily."""
+
+    def __init__(self, folder: Path):
+        root = open_group(folder)
+        self._digests: dict[str, str] = dict(root.attrs["prompts"])
+        self._groups = {name: open_group(folder / name) for name in self._digests}
+
+    def digest(self) -> dict[str, str]:
+        """Digest of the content per prompt, as the stage that wrote it recorded."""
+        return self._digests
+
+    def calls(self, expert: str) -> list[Call]:
+        """Every call of one expert, by prompt, step and branch."""
+        return [
+            Call(prompt, group.attrs["split"], step, branch, t)
+            for prompt, group in self._groups.items()
+            for step, t in enumerate(read_tensor(group, "timesteps").tolist())
+            if group.attrs["experts"][step] == expert
+            for branch in range(group["embeddings"].shape[0])
+        ]
+
+    def inputs(self, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_states [B, C + P, F, H, W], timestep [B] and encoder_hidden_states [B, L, text_dim] of some calls."""
+        hidden, text = [], []
+        for call in calls:
+            group = self._groups[call.prompt]
+            latents = read_tensor(group, "latents", call.step)
+            hidden.append(torch.cat([latents, read_tensor(group, "condition")]))
+            text.append(read_tensor(group, "embeddings", call.branch))
+        return torch.stack(hidden), torch.tensor([call.t for call in calls]), torch.stack(text)

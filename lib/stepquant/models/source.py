@@ -1,0 +1,103 @@
+"""The source model: where it is, what it consists of, and the BF16 pipeline itself."""
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepquant.checkpoint.reader import open_weights
+from stepquant.compute.units import file_digests
+from stepquant.errors import UserError
+from stepquant.models.sites import WAN_SITES
+
+# Which expert of the pipeline lies in which subfolder: above the boundary `transformer` works, below it `transformer_2`.
+EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
+DENSE_EXPERT = {"denoiser": "transformer"}
+
+
+def resolve_source(source: str, revision: str | None) -> Path:
+    """The local folder of a source model; a hub id (`owner/name`) is downloaded, which is the only network access.
+
+    Raises UserError if neither a folder with a model_index.json nor a hub id is found.
+    """
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists() or source.count("/") != 1:
+        raise UserError(f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model.source: no folder {source}, and the hub gave no such model: {error}") from None
+
+
+def describe_source(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
+    """The model manifest: experts with t ranges, blocks, sites, shapes, and the SHA-256 of every file of its components.
+
+    Reads headers and hashes files; loads no weights. Paths inside are relative to the source folder.
+    """
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    steps = scheduler["num_train_timesteps"]
+    boundary = index.get("boundary_ratio")
+    folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
+    edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
+    ranges = list(zip(edges, edges[1:]))[::-1]
+    return {
+        "source": source,
+        "revision": revision,
+        "pipeline": index["_class_name"],
+        "num_train_timesteps": steps,
+        "experts": {
+            name: _describe_expert(folder / subfolder, subfolder, low, high)
+            for (name, subfolder), (low, high) in zip(folders.items(), ranges)
+        },
+        "files": {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == index_file.name},
+    }
+
+
+def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> dict[str, Any]:
+    weights = open_weights(folder)
+    config = json.loads((folder / "config.json").read_text())
+    sites = {
+        site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: list(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears}}
+        for site in WAN_SITES
+    }
+    return {
+        "subfolder": subfolder,
+        "t_range": [low, high],
+        "blocks": config["num_layers"],
+        "sites": sites,
+        "bf16_bytes": sum(2 * prod(weights.shape(key)) for key in weights),
+    }
+
+
+def expert_digest(manifest: dict[str, Any], expert: str) -> str:
+    """Digest of one expert's files, as recorded in the model manifest."""
+    prefix = manifest["experts"][expert]["subfolder"] + "/"
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(prefix)}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
+    """The unquantized pipeline with its components in `dtype`, offloaded by component when the device is no CPU."""
+    from diffusers import WanImageToVideoPipeline
+
+    pipe = WanImageToVideoPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return place_pipeline(pipe, device)
+
+
+def place_pipeline(pipe: Any, device: str) -> Any:
+    """Quiet the pipeline and put it on the device: two 14B experts, text encoder and VAE never fit a small GPU at once."""
+    pipe.set_progress_bar_config(disable=True)
+    if torch.device(device).type == "cpu":
+        return pipe.to(device)
+    pipe.enable_model_cpu_offload(device=device)
+    return pipe

@@ -1,0 +1,1 @@
+"""The pipeline's stages: one file per DVC stage, each a Typer command."""

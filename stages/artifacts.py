@@ -1,0 +1,41 @@
+"""Where every stage leaves what it made; dvc.yaml says the same."""
+
+from pathlib import Path
+
+ROOT = Path("artifacts")
+MODEL = ROOT / "model" / "manifest.json"
+TRAJECTORIES = ROOT / "trajectories.zarr"
+REPORT = ROOT / "report"
+METRICS = Path("metrics.json")
+
+
+def activations(expert: str) -> Path:
+    return ROOT / "activations" / f"{expert}.zarr"
+
+
+def lowrank(expert: str) -> Path:
+    return ROOT / "lowrank" / expert
+
+
+def residual(expert: str) -> Path:
+    return ROOT / "residual" / expert
+
+
+def clip(expert: str) -> Path:
+    return ROOT / "clip" / expert
+
+
+def checkpoint(variant: str) -> Path:
+    return ROOT / "checkpoints" / variant
+
+
+def videos(variant: str) -> Path:
+    return ROOT / "videos" / variant
+
+
+def video(variant: str, prompt: str) -> Path:
+    return videos(variant) / prompt / "video.mp4"
+
+
+def metrics(variant: str) -> Path:
+    return ROOT / "metrics" / f"{variant}.json"

@@ -1,0 +1,127 @@
+"""What lowrank, gptq and clip share: one unit per block of an expert, from that block's weights, activations and factors.
+
+    artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, ...}
+    artifacts/<stage>/<expert>/<block>/factors.safetensors
+    artifacts/<stage>/<expert>/<block>/record.json      what was chosen, per site
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stages import artifacts
+from stages.common import Stage, dtype_of, read_json, to_json
+from stepquant.calibration.activations import Activations, block_name, read_activations, site_folder
+from stepquant.compute.progress import track
+from stepquant.compute.units import gather
+from stepquant.errors import UserError
+from stepquant.formats import Scales, get_format, unpack_nibbles
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.source import expert_digest, resolve_source
+from stepquant.quantize.layer import LayerFactors, Precision
+
+Factors = dict[str, torch.Tensor]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as a stage sees it; everything is read when asked for, one site at a time."""
+
+    index: int
+    model: Denoiser
+    folders: dict[str, Path]
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The stacked weight [N, K] of a site's linears, float32."""
+        return torch.cat([self.model.linear_weight(self.index, linear) for linear in site.linears])
+
+    def activations(self, site: Site) -> Activations:
+        return read_activations(site_folder(self.folders["activations"], self.index, site.name), self.model.device)
+
+    def factor(self, stage: str, name: str) -> torch.Tensor:
+        return read_factor(self.folders[stage], self.index, name, self.model.device)
+
+
+def read_factor(folder: Path, index: int, name: str, device: str) -> torch.Tensor:
+    """One tensor of a block's factors."""
+    with safe_open(folder / block_name(index) / "factors.safetensors", framework="pt", device=device) as file:
+        return file.get_tensor(name)
+
+
+def run_blocks(
+    stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: Callable[[Block, Site], tuple[Factors, Record]], **extra: Any
+) -> None:
+    """Do `work` for every site of every block of an expert, and gather the blocks into `out`.
+
+    sources: the artifacts this stage reads, by name; each has a manifest.json with its blocks' digests. extra: what else
+    the manifest shall say.
+    """
+    manifest = read_json(artifacts.MODEL)
+    check_expert(manifest, expert)
+    digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
+    opened = _Opened(manifest, expert, stage)
+
+    def make(index: int, folder: Path) -> None:
+        block = Block(index, opened.model, sources)
+        results = {site.name: work(block, site) for site in WAN_SITES}
+        tensors = {f"{name}.{key}": t.cpu().contiguous() for name, (factors, _) in results.items() for key, t in factors.items()}
+        save_file(tensors, folder / "factors.safetensors")
+        (folder / "record.json").write_text(to_json({name: record for name, (_, record) in results.items()}))
+
+    units = {}
+    for index in track(range(manifest["experts"][expert]["blocks"]), f"{stage.name}@{expert}"):
+        name = block_name(index)
+        key = stage.key(block=index, model=expert_digest(manifest, expert), **{source: found[name] for source, found in digests.items()})
+        units[name] = stage.units.make(key, lambda folder: make(index, folder))
+    gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
+
+
+class _Opened:
+    """The expert's weights, opened when the first unit has to be made."""
+
+    def __init__(self, manifest: dict[str, Any], expert: str, stage: Stage):
+        self._manifest, self._expert, self._compute = manifest, expert, stage["compute"]
+
+    @cached_property
+    def model(self) -> Denoiser:
+        folder = resolve_source(self._manifest["source"], self._manifest["revision"])
+        return Denoiser(folder / self._manifest["experts"][self._expert]["subfolder"], self._compute.device, dtype_of(self._compute.dtype))
+
+
+def check_expert(manifest: dict[str, Any], expert: str) -> None:
+    if expert not in manifest["experts"]:
+        raise UserError(f"--expert {expert}: this model has {', '.join(manifest['experts'])}")
+
+
+def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int) -> None:
+    """Refuse a format whose group does not divide a site's channels, or a rank larger than a site's weight, before any work."""
+    for name, site in manifest["experts"][expert]["sites"].items():
+        rows = sum(shape[0] for shape in site["linears"].values())
+        columns = next(iter(site["linears"].values()))[1]
+        for kind in ("weight", "activation"):
+            fmt = get_format(getattr(formats, kind))
+            if columns % fmt.group:
+                raise UserError(f"format.{kind}: {fmt.name} has groups of {fmt.group}, which do not divide the {columns} channels of {expert} {name}")
+        if rank > min(rows, columns):
+            raise UserError(f"lowrank.rank: {rank} is larger than {expert} {name}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
+
+
+def precision_of(formats: Any) -> Precision:
+    """The formats section as the numerics take it."""
+    return Precision(get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation)
+
+
+def site_layer(block: Block, site: Site, precision: Precision) -> LayerFactors:
+    """The site's final weights as the numerics take them."""
+    smooth, proj_down, proj_up = (block.factor("lowrank", f"{site.name}.{name}") for name in ("smooth", "proj_down", "proj_up"))
+    tensor = block.factor("residual", f"{site.name}.tensor_scale") if precision.weight.name == "nvfp4" else None
+    scales = Scales(block.factor("residual", f"{site.name}.scales"), tensor)
+    return LayerFactors(unpack_nibbles(block.factor("residual", f"{site.name}.codes")), scales, smooth, proj_down, proj_up, precision)

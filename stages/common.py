@@ -1,0 +1,98 @@
+"""What every stage does around its work: read its own params, check the device, lock, set threads.
+
+Plumbing only: nothing here can change a number.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant import params as knobs
+from stepquant.compute.code import code_digest, source_files
+from stepquant.compute.process import die_with_parent, exclusive
+from stepquant.compute.units import UnitStore, content_key
+from stepquant.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+UNITS = Path(".units")
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The params file to read.")]
+Expert = Annotated[str, typer.Option(help="Which denoiser: high_noise, low_noise, or denoiser for a dense model.")]
+Variant = Annotated[str, typer.Option(help="Which recipe: bf16, w4a16, rtn, svdquant, svdquant_gptq, one_clip, full.")]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a stage: its validated params sections, and the store of its finished units."""
+
+    name: str
+    sections: dict[str, Any]
+    units: UnitStore
+    code: str
+
+    def __getitem__(self, section: str) -> Any:
+        """A params section; KeyError (our mistake) if the stage did not say that it reads it."""
+        return self.sections[section]
+
+    def key(self, reads: tuple[str, ...] | None = None, **inputs: Any) -> str:
+        """The key of one unit: code, arithmetic, the params sections it uses (None: all of the stage's), and its inputs."""
+        import torch
+
+        params = {name: self.sections[name].model_dump() for name in (self.sections if reads is None else reads)}
+        return content_key(stage=self.name, code=self.code, torch=torch.__version__, params=params, inputs=inputs)
+
+
+@contextmanager
+def open_stage(file: str, reads: tuple[str, ...], params: Path, *, expert: str | None = None, variant: str | None = None) -> Iterator[Stage]:
+    """Everything around a stage's work: check params and device, take the lock, set threads, sweep half-written units.
+
+    file: the stage's own file, which names it. reads: the params sections it gets; experts' overrides are merged in.
+    """
+    die_with_parent()
+    name = Path(file).stem
+    sections = {section: knobs.section(params, section, expert) for section in reads}
+    if "compute" in sections:
+        prepare_torch(sections["compute"])
+    label = "@".join(filter(None, (name, expert or variant)))
+    code = code_digest(source_files(Path(file), {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"}))
+    with exclusive(UNITS / f"{label}.lock"):
+        units = UnitStore(UNITS / label)
+        units.sweep()
+        yield Stage(name, sections, units, code)
+
+
+def prepare_torch(compute: knobs.Compute) -> None:
+    """Check the device, and fix the thread count: decompositions give other bytes with other threads."""
+    import torch
+
+    try:
+        torch.empty(0, device=compute.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"compute.device: {compute.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    torch.set_num_threads(compute.threads)
+    torch.set_grad_enabled(False)
+
+
+def read_json(path: Path) -> Any:
+    """An artifact of an earlier stage. Raises UserError if it isn't there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; run `dvc repro` or the stage that writes it first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it and run its stage again") from None
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def dtype_of(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)

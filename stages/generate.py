@@ -1,0 +1,70 @@
+"""generate@V: the same prompts, images and initial noise for every variant."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import artifacts
+from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json, to_json
+from stepquant.calibration.prompts import Prompt, evaluation_prompts
+from stepquant.checkpoint.pipeline import load_pipeline
+from stepquant.commands import command, main
+from stepquant.compute.progress import track
+from stepquant.compute.units import file_digests, gather
+from stepquant.errors import UserError
+from stepquant.evaluate.video import write_video
+from stepquant.models.sampling import sample, set_flow_shift
+from stepquant.models.source import load_source_pipeline, place_pipeline, resolve_source
+
+READS = ("compute", "sampling", "generate")
+
+
+@command
+def generate(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None:
+    """Sample the evaluation prompts with one variant, loaded from its packed folder (bf16: from the source).
+
+    Reads the params sections compute, sampling and generate, artifacts/model, and artifacts/checkpoints/VARIANT/.
+    Writes artifacts/videos/VARIANT/: one lossless MP4 per prompt.
+    """
+    with open_stage(__file__, READS, params, variant=variant) as stage:
+        prompts = evaluation_prompts(stage["generate"])
+        sampler = Sampler(stage, variant)
+        units = {}
+        for prompt in track(prompts, f"generate@{variant}"):
+            key = stage.key(("compute", "sampling"), weights=sampler.weights, prompt=prompt.digest(), fps=stage["generate"].fps)
+            units[prompt.id] = stage.units.make(key, lambda folder: sampler.write(prompt, folder))
+        gather(units, artifacts.videos(variant), {"manifest.json": to_json({"videos": {name: f"{name}/video.mp4" for name in units}})})
+
+
+class Sampler:
+    """One variant's pipeline, loaded when the first prompt that has no finished unit needs it."""
+
+    def __init__(self, stage: Stage, variant: str):
+        self.stage, self.variant = stage, variant
+        self.manifest = read_json(artifacts.MODEL)
+        if variant != "bf16" and not artifacts.checkpoint(variant).is_dir():
+            raise UserError(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
+        self.weights = self.manifest["files"] if variant == "bf16" else file_digests(artifacts.checkpoint(variant))
+        self._pipe: Any = None
+
+    def write(self, prompt: Prompt, folder: Path) -> None:
+        """Sample one prompt; frames [F, 3, H, W] in 0..1 become the file's uint8 [F, H, W, 3]."""
+        self._pipe = self._pipe or self._load()
+        frames = sample(self._pipe, self.stage["sampling"], prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "pt")
+        pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        write_video(folder / "video.mp4", pixels.permute(0, 2, 3, 1).cpu().numpy(), self.stage["generate"].fps)
+
+    def _load(self) -> Any:
+        compute = self.stage["compute"]
+        dtype = dtype_of(compute.dtype)
+        if self.variant == "bf16":
+            pipe = load_source_pipeline(resolve_source(self.manifest["source"], self.manifest["revision"]), compute.device, dtype)
+        else:
+            pipe = place_pipeline(load_pipeline(artifacts.checkpoint(self.variant), torch_dtype=dtype), compute.device)
+        set_flow_shift(pipe, self.stage["sampling"].flow_shift)
+        return pipe
+
+
+if __name__ == "__main__":
+    main(generate)
