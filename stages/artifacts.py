@@ -6,7 +6,8 @@ ROOT = Path("artifacts")
 MODEL = ROOT / "model" / "manifest.json"
 TRAJECTORIES = ROOT / "trajectories.zarr"
 REPORT = ROOT / "report"
-METRICS = Path("metrics.json")
+METRICS = ROOT / "metrics"
+HEADLINES = Path("metrics.json")
 
 
 def activations(expert: str) -> Path:
@@ -38,4 +39,4 @@ def video(variant: str, prompt: str) -> Path:
 
 
 def metrics(variant: str) -> Path:
-    return ROOT / "metrics" / f"{variant}.json"
+    return METRICS / f"{variant}.json"

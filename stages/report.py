@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from safetensors import safe_open
 
 from stages import artifacts
@@ -13,31 +12,29 @@ from stages.common import ParamsFile, open_stage, read_json, to_json
 from stepquant.calibration.activations import block_name
 from stepquant.calibration.prompts import evaluation_prompts
 from stepquant.commands import command, main
-from stepquant.evaluate.records import Record, read_record
+from stepquant.evaluate.records import Record, read_records
 from stepquant.evaluate.video import read_video, write_preview
 from stepquant.files import write_text
 from stepquant.models.sites import WAN_SITES
 from stepquant.params import SECTIONS, read_params
 from stepquant.report.page import GalleryRow, write_report
 from stepquant.report.plots import ClipRatio
-from stepquant.report.tables import brief_table, rich_table
 
 READS = tuple(SECTIONS)
-ORDER = ("bf16", "w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "full")
 GALLERY_ROWS = 6
 PREVIEW_WIDTH = 128
 
 
 @command
 def report(params: ParamsFile = Path("params.yaml")) -> None:
-    """Gather all variants into one page, print the summary table, and write the numbers that `dvc metrics` shows.
+    """Gather all variants into one page, and write the numbers that `dvc metrics` shows.
 
     Reads all params (the page shows them), and the artifacts model, metrics, videos and clip.
     Writes artifacts/report/ (index.html, plots, preview.gif) and metrics.json.
     """
     with open_stage(__file__, READS, params) as stage:
         manifest = read_json(artifacts.MODEL)
-        records = [read_record(path) for path in sorted(artifacts.metrics("*").parent.glob("*.json"), key=_place)]
+        records = read_records(artifacts.METRICS)
         variants = [record.variant for record in records]
         gallery = gallery_rows(stage["generate"], variants)
         fps = stage["generate"].fps
@@ -51,12 +48,7 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
         write_preview(partial / "preview.gif", [row.videos[v] for v in variants], variants, fps, PREVIEW_WIDTH)
         shutil.rmtree(artifacts.REPORT, ignore_errors=True)
         partial.rename(artifacts.REPORT)
-        write_text(artifacts.METRICS, to_json({record.variant: headline(record) for record in records}))
-        Console().print(rich_table(brief_table(records)))
-
-
-def _place(metrics: Path) -> int:
-    return ORDER.index(metrics.stem)
+        write_text(artifacts.HEADLINES, to_json({record.variant: headline(record) for record in records}))
 
 
 def gallery_rows(settings: Any, variants: list[str]) -> list[GalleryRow]:

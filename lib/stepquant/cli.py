@@ -4,13 +4,13 @@ import ast
 import importlib
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stepquant import params as knobs
+from stepquant import profiles
 from stepquant.commands import command
 from stepquant.errors import UserError
 from stepquant.files import write_text
@@ -35,19 +35,33 @@ def check(params: Annotated[Path, typer.Option(help="The params file to check.")
 @app.command()
 @command
 def profile(
-    name: Annotated[str, typer.Argument(help="demo, paper or wan2.2-i2v-a14b.")],
+    name: Annotated[str, typer.Argument(help="demo, wan2.2-i2v-a14b, or paper (its recipe on top of either).")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite changes of your own.")] = False,
     params: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
 ) -> None:
     """Write params.yaml from a ready-made profile; changes of your own are kept unless --force is given."""
-    folder = files("stepquant") / "profiles"
-    profiles = {p.name.removesuffix(".yaml"): p.read_text() for p in folder.iterdir() if p.name.endswith(".yaml")}
-    if name not in profiles:
-        raise UserError(f"no profile '{name}'; allowed: {', '.join(sorted(profiles))}")
-    if params.exists() and not force and params.read_text() not in profiles.values():
+    ready = profiles.read_profiles()
+    if name not in ready:
+        raise UserError(f"no profile '{name}'; allowed: {', '.join(sorted(ready))}")
+    current = params.read_text() if params.exists() else None
+    if current is not None and not force and current not in profiles.written_by_profiles(ready):
         raise UserError(f"{params} has changes that no profile has; keep them, or overwrite them with --force")
-    write_text(params, profiles[name])
+    write_text(params, profiles.overlay(current, ready[name]))
+    knobs.check(params)
     print(f"{params}: now the profile {name}")
+
+
+@app.command()
+@command
+def show(folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.")] = Path("artifacts/metrics")) -> None:
+    """Print the summary table over all variants, and where the report is."""
+    from rich.console import Console
+
+    from stepquant.evaluate.records import read_records
+    from stepquant.report.tables import brief_table, rich_table
+
+    Console().print(rich_table(brief_table(read_records(folder))))
+    print(f"full report: {folder.parent / 'report' / 'index.html'}")
 
 
 def _add_stages() -> None:

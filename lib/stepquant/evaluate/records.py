@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stepquant.errors import UserError
 from stepquant.evaluate.fidelity import first_frame_psnr, psnr, psnr_frames, ssim_frames
-from stepquant.files import finished_or_absent
 from stepquant.evaluate.layers import LayerError, geometric_mean, mean_by
 from stepquant.evaluate.summary import Bootstrap, interval, paired_difference
 from stepquant.evaluate.temporal import motion, temporal_flickering
+from stepquant.files import finished_or_absent
 
 AGAINST_BF16 = ("psnr", "ssim")  # need the BF16 video, so BF16 itself has none
 ON_ITS_OWN = ("first_frame_psnr", "temporal_flickering", "motion")
+ORDER = ("bf16", "w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "full")
 Error = Annotated[float, Field(ge=0)]
 
 
@@ -178,6 +179,14 @@ def read_record(path: Path) -> Record:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{path}: {field}: {first['msg']}; not a metrics file that stage evaluate writes") from error
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every metrics file of a folder, from the reference to the full recipe. Raises UserError if there is none."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem))
+    if not paths:
+        raise UserError(f"{folder}: holds no metrics; `dvc repro` writes them")
+    return [read_record(path) for path in paths]
 
 
 def _column(videos: Mapping[str, VideoMetrics], name: str) -> dict[str, float]:

@@ -1,0 +1,40 @@
+# make demo       quantize the mini Wan2.2 and show what it cost
+# make test       the whole test suite
+# make reproduce  run every stage once more in a copy and compare
+# make clean      forget everything that was computed
+.PHONY: demo test reproduce clean lint
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+export DVC_NO_ANALYTICS := 1
+
+demo: $(VENV)/installed
+	dvc repro
+	stepquant show
+
+test: $(VENV)/installed $(VENV)/peers/installed
+	python -m pytest
+
+reproduce: demo
+	python ci/reproduce.py
+
+lint: $(VENV)/installed
+	ruff check lib stages tests benchmarks ci
+
+clean:
+	rm -rf artifacts .units .dvc/cache .dvc/tmp metrics.json
+
+# torch first and exactly: an open range would pull another build.
+$(VENV)/installed: requirements.lock pyproject.toml
+	python3 -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	pip install --quiet --disable-pip-version-check -r requirements.lock
+	pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Independent implementations that the tests compare with; apart, because diffusers would pick up torchao.
+$(VENV)/peers/installed: requirements-peers.lock $(VENV)/installed
+	pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers -r requirements-peers.lock
+	touch $@
