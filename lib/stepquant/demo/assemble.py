@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import typer
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast
 
 from stepquant.demo.denoiser import build_expert, build_scheduler, build_text_encoder
@@ -43,7 +43,7 @@ def build_pipeline(
     for state in (high_noise, low_noise):
         expert = build_expert(settings)
         expert.load_state_dict(under(state, "expert."))
-        experts.append(expert.to(torch.bfloat16))
+        experts.append(halve_precision(expert))
     return WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(torch.bfloat16),
@@ -53,6 +53,14 @@ def build_pipeline(
         transformer_2=experts[1],
         boundary_ratio=settings.boundary_ratio,
     )
+
+
+def halve_precision(expert: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Casts an expert to bfloat16, except for the modules that diffusers keeps in float32 when it loads one."""
+    for name, parameter in expert.named_parameters():
+        if not any(kept in name.split(".") for kept in expert._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return expert
 
 
 def replace_parts(pipeline: WanImageToVideoPipeline, folder: Path) -> None:
@@ -65,18 +73,24 @@ def replace_parts(pipeline: WanImageToVideoPipeline, folder: Path) -> None:
         fresh, old = Path(temporary) / "fresh", Path(temporary) / "old"
         old.mkdir()
         pipeline.save_pretrained(fresh, safe_serialization=True)
-        name_tokenizer_class(fresh / "tokenizer" / "tokenizer_config.json")
+        name_tokenizer_class(fresh)
+        for weights in fresh.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes files that only their owner can read
         for part in PARTS:
             if (folder / part).exists():
                 (folder / part).rename(old / part)
             shutil.move(fresh / part, folder / part)
 
 
-def name_tokenizer_class(config: Path) -> None:
-    """Names the class by the name that transformers 4 and 5 both know."""
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def name_tokenizer_class(folder: Path) -> None:
+    """Names the tokenizer's class by the name that transformers 4 and 5 both know."""
+    for path, key, value in (
+        (folder / "tokenizer" / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
+        (folder / "model_index.json", "tokenizer", ["transformers", "PreTrainedTokenizerFast"]),
+    ):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values[key] = value
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def main(

@@ -10,7 +10,7 @@ Sprite and camera move by whole pixels per frame (only zooms resample), so a cli
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from stepquant.demo.settings import ClipSettings
 from stepquant.demo.sprites import Assets
@@ -125,7 +125,12 @@ def render_clip(spec: ClipSpec, assets: Assets, settings: ClipSettings) -> np.nd
         top = spec.sprite_corner[1] + step_y * settings.sprite_speed * index
         under = frame[top : top + size, left : left + size]
         under[:] = alpha * sprite[..., :3] + (1 - alpha) * under
-    return np.rint(frames).clip(0, 255).astype(np.uint8)
+    return np.stack([soften(frame, settings.softness) for frame in np.rint(frames).clip(0, 255).astype(np.uint8)])
+
+
+def soften(frame: np.ndarray, radius: float) -> np.ndarray:
+    """Blurs an (H, W, 3) uint8 frame: detail as fine as one pixel is more than a small autoencoder can carry."""
+    return np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(radius)))
 
 
 def draw_batch(

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 import typer
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from stepquant.demo.clips import draw_batch
 from stepquant.demo.settings import ClipSettings, LatentSettings, VaeSettings, load_section
+from stepquant.demo.shortcuts import silent_branches_skipped
 from stepquant.demo.sprites import load_assets
 from stepquant.demo.training import averaged_weights
 from stepquant.demo.vae_training import build_vae, to_pixels
@@ -45,15 +44,8 @@ def first_frame_mask(shape: torch.Size) -> torch.Tensor:
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
     """Latents (the posterior's mode, as in the pipeline) of (N, 3, T, H, W) pixels in [-1, 1], not normalised."""
-    return vae.encode(pixels).latent_dist.mode()
-
-
-def skip_dead_branches(encoder: nn.Module) -> None:
-    """Lets the residual blocks whose last convolution is zero return their shortcut at once: same values, a tenth of
-    the time."""
-    for block in encoder.modules():
-        if isinstance(block, WanResidualBlock) and not block.conv2.weight.any() and not block.conv2.bias.any():
-            block.forward = lambda x, feat_cache=None, feat_idx=None, shortcut=block.conv_shortcut: shortcut(x)
+    with silent_branches_skipped(vae.encoder):
+        return vae.encode(pixels).latent_dist.mode()
 
 
 def grey_latents(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
@@ -84,7 +76,6 @@ def main(params: Path, assets: Path, vae: Path, out: Path) -> None:
     torch.set_num_threads(settings.threads)
     model = build_vae(load_section(params, "vae", VaeSettings))
     model.load_state_dict(averaged_weights(vae))
-    skip_dead_branches(model.encoder)
     pictures = load_assets(assets)
     captions: list[str] = []
     latents = []

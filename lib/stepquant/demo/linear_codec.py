@@ -1,4 +1,5 @@
-"""Sets the encoder of an AutoencoderKLWan to a linear transform fitted to clips, instead of training it.
+"""Sets the encoder of an AutoencoderKLWan to a linear transform fitted to clips, instead of training it, and makes the
+decoder linear to start with.
 
 Space goes to channels at each 2 x 2 downsampling, pairs of frames become mean and difference, and principal components
 choose what the 16 latent channels keep. This takes seconds where gradient descent takes an hour on a CPU, and the
@@ -19,6 +20,8 @@ from torch import nn
 LATENT_CHANNELS = 16
 BASE_DIM = 16  # the arithmetic below counts on these widths: 16, 32 and 64 channels
 LOUD = 20.0
+# The decoder's is no louder than its signals are, or its residual branches would hear nothing else.
+DECODER_LOUD = 4.0
 # Log-variance of the posterior: what the decoder sees in training is the latent plus noise of deviation 0.05.
 LOG_VARIANCE = -6.0
 
@@ -82,9 +85,9 @@ def align(components: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.nd
     return rotated * (scores * wanted).sum() / (scores * scores).sum()
 
 
-def zero_residuals(encoder: nn.Module) -> None:
+def silence_branches(part: nn.Module) -> None:
     """Turns every residual and attention block into its shortcut."""
-    for name, module in encoder.named_modules():
+    for name, module in part.named_modules():
         if name.endswith(("conv2", "proj")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -105,7 +108,7 @@ def put(layer: nn.Module, entries: list[tuple[tuple[int, ...], np.ndarray]], bia
 def install_codec(vae: AutoencoderKLWan, codec: LinearCodec) -> None:
     """Writes the codec into the encoder's weights. Kernel position (2, 1, 1) is the current frame and pixel."""
     encoder = vae.encoder
-    zero_residuals(encoder)
+    silence_branches(encoder)
     first, down_fine, second, down_coarse, third = encoder.down_blocks
     put(encoder.conv_in, [((2, 1, 1), np.eye(3))], {BASE_DIM - 1: LOUD})
     shifts = [np.zeros((12, 3)) for _ in range(4)]
@@ -128,3 +131,23 @@ def install_codec(vae: AutoencoderKLWan, codec: LinearCodec) -> None:
     put(encoder.conv_out, [((2, 1, 1), gain)], offsets)
     variances = dict.fromkeys(range(LATENT_CHANNELS, 2 * LATENT_CHANNELS), LOG_VARIANCE)
     put(vae.quant_conv, [((0, 0, 0), np.eye(LATENT_CHANNELS))], variances)
+
+
+@torch.no_grad()
+def make_decoder_linear(vae: AutoencoderKLWan) -> None:
+    """Makes a freshly built decoder a chain of random, but linear, convolutions.
+
+    The last upsampling gives the loud channel and signals as x and -x, as in the encoder.
+    """
+    decoder = vae.decoder
+    silence_branches(decoder)
+    last = decoder.up_blocks[-2].upsamplers[0].resample[1]
+    width = last.weight.shape[0]
+    pairs = (width - 1) // 2
+    nn.init.zeros_(last.bias)
+    last.weight[pairs : 2 * pairs] = -last.weight[:pairs]
+    last.weight[2 * pairs :] = 0
+    last.bias[width - 1] = DECODER_LOUD
+    decoder.norm_out.gamma.fill_(DECODER_LOUD / width**0.5)
+    decoder.conv_out.weight[:, pairs : 2 * pairs] = -decoder.conv_out.weight[:, :pairs]
+    decoder.conv_out.weight[:, 2 * pairs :] = 0

@@ -43,6 +43,7 @@ class ClipSettings(Section):
     camera_zoom: float  # factor per frame
     sprite_sizes: tuple[int, int]  # smallest and largest longer side, in pixels
     photo_scales: tuple[float, float]  # photo pixels per clip pixel
+    softness: float  # deviation of the final blur, in pixels
 
 
 class ManifestSettings(Section):
@@ -70,12 +71,13 @@ class VaeSettings(Section):
 
     fit_clips: int
     decoder_base_dim: int
-    frame_batch: int
-    frame_steps: int
-    clip_batch: int
-    clip_steps: int
+    linear_batch: int
+    linear_steps: int
+    linear_rate: float
+    batch: int
+    steps: int  # of both phases together
     learning_rate: float
-    warmup_steps: int
+    warmup_steps: int  # of each phase
     gradient_weight: float
     first_frame_weight: float
     average_decay: float
@@ -130,6 +132,8 @@ class ExpertSettings(Section):
 class ScoreSettings(Section):
     """How the evaluation clips are sampled and measured."""
 
+    frames: int
+    text_tokens: int
     steps: int
     guidance_scale: float
     guidance_scale_2: float

@@ -1,10 +1,12 @@
 """Makes the autoencoder: the encoder is fitted in closed form (linear_encoder), the decoder is trained.
 
-The decoder sees single frames first (cheap), then whole clips. Because the encoder never changes, latents can be
+The decoder starts as a chain of plain convolutions, its residual branches silent, and is trained as that first (a sixth
+of the work, and well conditioned); then everything is trained. Because the encoder never changes, latents can be
 computed, and experts trained on them, while the decoder still improves.
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from diffusers import AutoencoderKLWan
 from torch.nn import functional as F
 
 from stepquant.demo.clips import draw_batch
-from stepquant.demo.linear_encoder import BASE_DIM, LATENT_CHANNELS, fit_codec, install_codec
+from stepquant.demo.linear_codec import BASE_DIM, LATENT_CHANNELS, fit_codec, install_codec, make_decoder_linear
 from stepquant.demo.settings import ClipSettings, VaeSettings, load_section
+from stepquant.demo.shortcuts import silent_branches_skipped
 from stepquant.demo.sprites import Assets, load_assets
 from stepquant.demo.training import LossLog, Run, learning_rate_at, steps_with_checkpoints
 
@@ -58,7 +61,7 @@ def reconstruction_loss(image: torch.Tensor, pixels: torch.Tensor, settings: Vae
     Both arguments are (N, 3, T, H, W) in [-1, 1].
     """
     frames = torch.ones(pixels.shape[2])
-    frames[0] = settings.first_frame_weight if len(frames) > 1 else 1.0
+    frames[0] = settings.first_frame_weight
     weights = (frames / frames.mean()).view(1, 1, -1, 1, 1)
     error = image - pixels
     per_pixel = (error.abs() * weights).mean() + (error.square() * weights).mean()
@@ -66,29 +69,37 @@ def reconstruction_loss(image: torch.Tensor, pixels: torch.Tensor, settings: Vae
 
 
 def start_vae(assets: Assets, clips: ClipSettings, settings: VaeSettings) -> AutoencoderKLWan:
-    """An autoencoder with the fitted, frozen encoder and an untrained decoder."""
+    """An autoencoder with the fitted, frozen encoder and an untrained, linear decoder."""
     _, examples = draw_batch(settings.seed, 0, settings.fit_clips, assets, "training", clips)
     vae = build_vae(settings)
     install_codec(vae, fit_codec(examples))
+    make_decoder_linear(vae)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     return vae
 
 
+def rate_at(step: int, settings: VaeSettings) -> float:
+    """Learning rate; each phase warms up anew, because the second starts with branches that have never moved."""
+    if step < settings.linear_steps:
+        return learning_rate_at(step, settings.steps, settings.warmup_steps, settings.linear_rate, 0)
+    rate, done = settings.learning_rate, step - settings.linear_steps
+    return learning_rate_at(done, settings.steps - settings.linear_steps, settings.warmup_steps, rate, rate / 20)
+
+
 def train_step(run: Run, step: int, assets: Assets, clips: ClipSettings, settings: VaeSettings) -> dict[str, float]:
-    """One step on single frames or on clips; returns the loss and the PSNR of all frames and of the first."""
-    frames_only = step < settings.frame_steps
-    count = settings.frame_batch if frames_only else settings.clip_batch
+    """One step on clips; returns the loss and the PSNR of all frames and of the first."""
+    linear = step < settings.linear_steps
     # Step 0 of this seed is what the encoder was fitted to.
+    count = settings.linear_batch if linear else settings.batch
     _, batch = draw_batch(settings.seed, step + 1, count, assets, "training", clips)
-    pixels = to_pixels(batch[:, :1] if frames_only else batch)
-    with torch.no_grad():
+    pixels = to_pixels(batch)
+    with torch.no_grad(), silent_branches_skipped(run.model.encoder):
         latents = run.model.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(step))
-    image = run.model.decode(latents).sample
+    with silent_branches_skipped(run.model.decoder) if linear else nullcontext():
+        image = run.model.decode(latents).sample
     loss = reconstruction_loss(image, pixels, settings)
-    last = settings.frame_steps + settings.clip_steps
-    rate = learning_rate_at(step, last, settings.warmup_steps, settings.learning_rate, settings.learning_rate / 20)
-    run.update(loss, rate)
+    run.update(loss, rate_at(step, settings))
     return {"loss": loss.item(), "psnr": psnr(image, pixels), "first": psnr(image[:, :, :1], pixels[:, :, :1])}
 
 
@@ -104,8 +115,7 @@ def main(params: Path, assets: Path, checkpoint: Path) -> None:
         run.save(checkpoint)
     typer.echo(f"at step {run.step}")
     log = LossLog(every=20)
-    last = settings.frame_steps + settings.clip_steps
-    for step in steps_with_checkpoints(run, last, checkpoint, settings.save_every_seconds):
+    for step in steps_with_checkpoints(run, settings.steps, checkpoint, settings.save_every_seconds):
         log.add(step, **train_step(run, step, pictures, clips, settings))
 
 

@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from stepquant.errors import UserError
-from stepquant.files import finished_or_absent
 from stepquant.evaluate.records import Record
 from stepquant.evaluate.video import encode_gif, fit_width
+from stepquant.files import finished_or_absent
 from stepquant.report import plots
 from stepquant.report.tables import experts, layer_tables, summary_table
 
