@@ -104,14 +104,15 @@ def check_expert(manifest: dict[str, Any], expert: str) -> None:
 def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int) -> None:
     """Refuse a format whose group does not divide a site's channels, or a rank larger than a site's weight, before any work."""
     for name, site in manifest["experts"][expert]["sites"].items():
+        where = f"{expert} {name}"
         rows = sum(shape[0] for shape in site["linears"].values())
         columns = next(iter(site["linears"].values()))[1]
         for kind in ("weight", "activation"):
             fmt = get_format(getattr(formats, kind))
             if columns % fmt.group:
-                raise UserError(f"format.{kind}: {fmt.name} has groups of {fmt.group}, which do not divide the {columns} channels of {expert} {name}")
+                raise UserError(f"format.{kind}: {fmt.name} has groups of {fmt.group}, which do not divide the {columns} channels of {where}")
         if rank > min(rows, columns):
-            raise UserError(f"lowrank.rank: {rank} is larger than {expert} {name}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
+            raise UserError(f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
 
 
 def precision_of(formats: Any) -> Precision:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from stages import artifacts
 from stages.common import Expert, ParamsFile, Stage, dtype_of, open_stage, read_json, to_json
 from stepquant.calibration.activations import block_name
+from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.capture import replay_block
 from stepquant.calibration.statistics import SitePlan, SiteStatistics, plan_site
 from stepquant.calibration.trajectories import Call, Trajectories
@@ -41,10 +42,9 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_json(artifacts.MODEL)
         replay = Replay(stage, manifest, expert)
         units = {block_name(i): replay.statistics(i) for i in track(range(manifest["experts"][expert]["blocks"]), f"capture@{expert}")}
-        attributes = {"expert": expert, "bin_edges": replay.bins.edges, "complete": True}
-        group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-        digests = {name: unit.digest for name, unit in units.items()}
-        gather(units, artifacts.activations(expert), {"zarr.json": to_json(group), "manifest.json": to_json({"bin_edges": replay.bins.edges, "blocks": digests})})
+        manifest = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
+        texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(manifest)}
+        gather(units, artifacts.activations(expert), texts)
 
 
 class Replay:

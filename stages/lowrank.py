@@ -26,7 +26,8 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_json(artifacts.MODEL)
         check_expert(manifest, expert)
         check_shapes(manifest, expert, stage["format"], stage["lowrank"].rank)
-        run_blocks(stage, expert, {"activations": artifacts.activations(expert)}, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site))
+        sources = {"activations": artifacts.activations(expert)}
+        run_blocks(stage, expert, sources, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site))
 
 
 def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:

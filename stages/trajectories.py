@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from stages import artifacts
-from stages.common import ParamsFile, dtype_of, open_stage, read_json, to_json
+from stages.common import ParamsFile, dtype_of, open_stage, read_json
+from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.prompts import Prompt, read_manifest, take
 from stepquant.calibration.trajectories import recorded, write_trajectory
 from stepquant.commands import command, main
@@ -34,8 +35,8 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         for prompt in track(prompts, "trajectories"):
             key = stage.key(("compute", "sampling"), model=manifest["files"], prompt=prompt.digest())
             units[prompt.id] = stage.units.make(key, lambda folder: record(pipe.get(), stage["sampling"], prompt, folder))
-        root = {"attributes": {"prompts": {name: unit.digest for name, unit in units.items()}, "complete": True}, "zarr_format": 3, "node_type": "group"}
-        gather(units, artifacts.TRAJECTORIES, {"zarr.json": to_json(root)})
+        digests = {name: unit.digest for name, unit in units.items()}
+        gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
 
 
 def record(pipe: Any, sampling: Any, prompt: Prompt, folder: Path) -> None:

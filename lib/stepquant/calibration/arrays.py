@@ -8,6 +8,7 @@ Zarr reads a missing chunk as zeros without an error, so a group without its mar
 arrays need, is refused.
 """
 
+import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def write_group(folder: Path, tensors: dict[str, torch.Tensor], attributes: dict
         )
         stored[...] = array
     group.attrs.update(attributes | {"complete": True})
+
+
+def group_metadata(attributes: dict[str, Any]) -> str:
+    """The zarr.json of a complete group whose members are written elsewhere."""
+    return json.dumps({"attributes": attributes | {"complete": True}, "zarr_format": 3, "node_type": "group"}, indent=2, sort_keys=True)
 
 
 def open_group(folder: Path) -> zarr.Group:

@@ -88,7 +88,8 @@ class SiteStatistics:
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
         if not torch.isfinite(x).all():
-            raise UserError(f"{self.where}: NaN or Inf in a calibration activation (t = {calls[0].t:g}); check the model, or use another compute.dtype")
+            where = f"{self.where} (t = {calls[0].t:g})"
+            raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
         for tokens, call, i in zip(x, calls, positions):
             if self.plan.skip[i]:
                 continue

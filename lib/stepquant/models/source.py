@@ -66,8 +66,9 @@ def describe_source(folder: Path, source: str, revision: str | None) -> dict[str
 def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> dict[str, Any]:
     weights = open_weights(folder)
     config = json.loads((folder / "config.json").read_text())
+    shapes = {path: list(weights.shape(f"blocks.0.{path}.weight")) for site in WAN_SITES for path in site.linears}
     sites = {
-        site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: list(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears}}
+        site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: shapes[path] for path in site.linears}}
         for site in WAN_SITES
     }
     return {
