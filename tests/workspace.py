@@ -1,0 +1,100 @@
+"""A small copy of the repository in which the whole pipeline runs in a minute or two: two blocks per expert, 32 x 32 pixels."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ci.reproduce import copy_sources, lock_hashes, pipeline_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_MODEL = "data/models/wan22-mini"
+TINY_MODEL = "data/models/tiny"
+BLOCKS = 2
+# What is smaller than in the demo profile. Four steps put one recorded t into each bin: 1000 | 937, then 833 | 625.
+TINY = {
+    "compute": {"threads": 1},
+    "model": {"source": TINY_MODEL},
+    "sampling": {"height": 32, "width": 32, "num_frames": 5, "steps": 4, "flow_shift": 5.0, "max_sequence_length": 16},
+    "trajectories": {"calibration_prompts": 2, "heldout_prompts": 1},
+    "bins": {"high_noise": [1000, 950, 900], "low_noise": [900, 700, 0]},
+    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4},
+    "smooth": {"candidates": [0.4, 0.6]},
+    "lowrank": {"rank": 16},
+    "clip": {"ratios": [0.8, 1.0]},
+    "generate": {"prompts": 1},
+    "evaluate": {"bootstrap_samples": 50},
+}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with the pipeline in it; commands run there, with the code that lies there."""
+
+    root: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return pipeline_environment(self.root) | {"DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Start `python -m COMMAND...` here; both output streams come as one text."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **pipes)
+
+    def run(self, *command: str, code: int = 0) -> str:
+        """Run `python -m COMMAND...` here to its end, and give its output."""
+        process = self.start(*command)
+        output = process.communicate()[0]
+        assert process.returncode == code, output
+        return output
+
+    def hashes(self) -> dict[str, str]:
+        return lock_hashes(self.root / "dvc.lock")
+
+    def params(self) -> dict[str, Any]:
+        return yaml.safe_load((self.root / "params.yaml").read_text())
+
+    def set(self, key: str, value: Any) -> None:
+        """Change one value of params.yaml; the key is dotted."""
+        params = self.params()
+        *parents, last = key.split(".")
+        section = params
+        for name in parents:
+            section = section[name]
+        assert section.get(last) != value, f"{key} is {value} already"
+        section[last] = value
+        (self.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def copy(self, root: Path) -> "Workspace":
+        """A copy with everything in it. `cp -a` keeps the hardlinks between outs, units and cache as they are."""
+        subprocess.run(["cp", "-a", self.root, root], check=True)
+        return Workspace(root)
+
+
+def make_workspace(root: Path) -> Workspace:
+    """What the pipeline reads, with the tiny model and its params; nothing has run yet."""
+    copy_sources(ROOT, root, ("dvc.yaml", "stages", "lib", "data/calibration", "data/evaluation"))
+    cut_model(ROOT / SOURCE_MODEL, root / TINY_MODEL)
+    params = yaml.safe_load((ROOT / "lib/stepquant/profiles/demo.yaml").read_text())
+    for section, values in TINY.items():
+        params[section] |= values
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return Workspace(root)
+
+
+def cut_model(source: Path, target: Path) -> None:
+    """Copy a pipeline, with the first BLOCKS blocks of each expert."""
+    shutil.copytree(source, target)
+    for expert in ("transformer", "transformer_2"):
+        config, weights = target / expert / "config.json", target / expert / "diffusion_pytorch_model.safetensors"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": BLOCKS}))
+        kept = {key: tensor for key, tensor in load_file(weights).items() if not key.startswith("blocks.") or int(key.split(".")[1]) < BLOCKS}
+        weights.unlink()
+        save_file(kept, weights)
