@@ -63,10 +63,11 @@ class Replay:
 
     def statistics(self, index: int) -> Unit:
         """The finished unit of one block's statistics; the block before it is run only if it has to be."""
-        edges = list(self.bins.edges)
-        key = self.stage.key(("compute", "capture"), block=index, bins=edges, **self.inputs)
-        unit = self.stage.units.find(key) or self.stage.units.make(key, lambda folder: self._run(index, folder))
-        self.stage.units.drop(self._output_key(index - 1))
+        key = self.stage.key(("compute", "capture"), block=index, bins=self.bins.edges, **self.inputs)
+        unit = self.stage.units.make(key, lambda folder: self._run(index, folder))
+        last = index == self.manifest["experts"][self.expert]["blocks"] - 1
+        for done in (index - 1, index) if last else (index - 1,):
+            self.stage.units.drop(self._output_key(done))
         return unit
 
     def _run(self, index: int, folder: Path) -> None:
