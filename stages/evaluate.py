@@ -97,7 +97,8 @@ class PackedExpert:
             target = f"blocks.{index}.{path}"
             N, K = self.weights.shape(f"{target}.qweight")[0], x.shape[1]
             linear = read_linear(self.weights, self.settings, target, N, K, self.device)
-            linear.bin.fill_(timestep_bin)
+            # A variant without a clip search was packed with one bin over the whole range.
+            linear.bin.fill_(min(timestep_bin, self.settings.bins - 1))
             outputs.append(linear(x) - (0 if linear.bias is None else linear.bias))
         return torch.cat(outputs, dim=1)
 
