@@ -4,11 +4,14 @@ import errno
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
 
 from stepquant.errors import UserError
 
@@ -25,11 +28,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as error:
             _fail(str(error))
-        except OSError as error:
-            if error.errno not in _MENDABLE:
+        except (OSError, SafetensorError) as error:
+            number = _error_number(error)
+            if number not in _MENDABLE:
                 raise
-            where = error.filename or "the file system"
-            _fail(f"{where}: {os.strerror(error.errno)}; free space or make the folder writable, then run the same command again")
+            where = getattr(error, "filename", None) or f"a file below {Path.cwd()}"
+            _fail(f"{where}: {os.strerror(number)}; free space or make the folder writable, then run the same command again")
 
     run.__signature__ = inspect.signature(function)
     return run
@@ -40,6 +44,14 @@ def main(function: Callable[..., None]) -> None:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(function)
     app()
+
+
+def _error_number(error: Exception) -> int | None:
+    """What the file system answered. safetensors and shutil.copytree keep it in their message only."""
+    if getattr(error, "errno", None) is not None:
+        return error.errno
+    found = re.search(r"(?:Errno|os error) (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _fail(message: str) -> None:

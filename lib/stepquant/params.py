@@ -19,7 +19,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Compute(Section):
@@ -132,7 +132,7 @@ class Report(Section):
 class Bins(Section):
     """Timestep bins per expert: a count, or edges in t."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Positive | list[float]]
 
 
@@ -172,8 +172,8 @@ class _Experts(BaseModel):
 def read_params(path: Path) -> dict[str, Any]:
     """The whole file as plain data. Raises UserError if it is missing or is not YAML of sections."""
     try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; `stepquant profile demo` writes one") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
@@ -200,6 +200,9 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
 def check(path: Path) -> None:
     """Validate the whole file: every section, and every section as each expert sees it. Raises UserError."""
     experts = _validate(_Experts, read_params(path), path, "").experts
+    binned = section(path, "bins").model_extra
+    if set(binned) != set(experts):
+        raise UserError(f"{path}: bins has {sorted(binned)}; allowed: exactly the experts, {sorted(experts)}")
     for name in SECTIONS:
         section(path, name)
         for expert in experts if name in OVERRIDABLE else ():
@@ -225,7 +228,8 @@ def _validate(model: Any, values: dict[str, Any], path: Path, prefix: str) -> An
 
 
 def _message(error: ValidationError, model: Any, path: Path, prefix: str) -> str:
-    first = error.errors()[0]
+    # A misspelt key is both unknown and missing; its own name is what the user can find in the file.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Only the first part of a location is a key: the rest are list positions and the branches of a union.
     field = first["loc"][:1]
     key = ".".join([prefix] * bool(prefix) + [str(part) for part in field])

@@ -48,13 +48,15 @@ def open_group(folder: Path) -> zarr.Group:
         group = zarr.open_group(folder, mode="r")
     except FileNotFoundError:
         raise UserError(f"{folder}: no such Zarr group; run the stage that writes it") from None
+    except ValueError as error:
+        raise UserError(f"{folder}: broken Zarr metadata ({error}); remove it and run its stage again") from None
     if not group.attrs.get("complete"):
         raise UserError(f"{folder}: this Zarr group was never finished; remove it and run its stage again")
     return group
 
 
 def read_tensor(group: zarr.Group, name: str, index: Any = ...) -> torch.Tensor:
-    """An array of a group, or `array[index]`. Raises UserError if the array or one of its chunks is missing."""
+    """An array of a group, or `array[index]`. Raises UserError if the array or one of its chunks is missing or broken."""
     where = f"{group.store_path}/{name}"
     if name not in group:
         raise UserError(f"{where}: no such array")
@@ -62,5 +64,8 @@ def read_tensor(group: zarr.Group, name: str, index: Any = ...) -> torch.Tensor:
     expected = prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
     if array.nchunks_initialized != expected:
         raise UserError(f"{where}: {array.nchunks_initialized} of {expected} chunks are there; remove the folder and run its stage again")
-    tensor = torch.from_numpy(array[index])
+    try:
+        tensor = torch.from_numpy(array[index])
+    except ValueError as error:
+        raise UserError(f"{where}: a chunk is truncated ({error}); remove the folder and run its stage again") from None
     return tensor.view(torch.bfloat16) if array.attrs.get("view") == "bfloat16" else tensor

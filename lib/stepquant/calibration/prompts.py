@@ -46,9 +46,12 @@ class Prompt:
 def read_manifest(path: Path) -> list[Prompt]:
     """All prompts in file order. Raises UserError naming file and line for anything that is not as above."""
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
+        # Not splitlines, which also splits at separators that may stand inside JSON text.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected a JSONL file of prompts") from None
     prompts = list(_rows(path, lines))
     if not prompts:
         raise UserError(f"{path}: the manifest is empty; expected at least one prompt")
@@ -89,10 +92,12 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}; expected one JSON object per line")
     for key, kind in _TYPES.items():
-        if not isinstance(row.get(key), kind):
+        if type(row.get(key)) is not kind:  # isinstance would take true for a whole number
             raise UserError(f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}")
     if not _ID.fullmatch(row["id"]):
         raise UserError(f"{where}: id '{row['id']}'; allowed: letters, digits and underscores")
+    if not 0 <= row["seed"] < 2**63:
+        raise UserError(f"{where}: seed {row['seed']}; allowed: 0 to 2^63 - 1")
     return row
 
 
@@ -102,9 +107,9 @@ def _image(root: Path, relative: str, where: str) -> Path:
         raise UserError(f"{where}: image '{relative}' leaves the manifest's folder; allowed: paths inside {root}")
     try:
         with Image.open(path) as image:
-            image.verify()
+            image.load()
     except FileNotFoundError:
         raise UserError(f"{where}: image '{relative}' does not exist in {root}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{where}: image '{relative}' is no readable picture: {error}") from None
     return path

@@ -87,8 +87,9 @@ class SiteStatistics:
 
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
-        if not torch.isfinite(x).all():
-            where = f"{self.where} (t = {calls[0].t:g})"
+        finite = torch.isfinite(x).flatten(1).all(1).tolist()
+        if not all(finite):
+            where = f"{self.where} (prompt {calls[finite.index(False)].prompt}, t = {calls[finite.index(False)].t:g})"
             raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
         for tokens, call, i in zip(x, calls, positions):
             if self.plan.skip[i]:

@@ -44,14 +44,14 @@ class UnitStore:
 
     def find(self, key: str) -> Unit | None:
         """The finished unit of this key, or None."""
-        marker = self.root / key / MARKER
-        if not marker.is_file():
+        folder = self.root / key
+        if not folder.is_dir():
             return None
-        files = json.loads(marker.read_text())["files"]
-        if not all((self.root / key / name).is_file() for name in files):
-            shutil.rmtree(self.root / key)
+        files = _finished_files(folder)
+        if files is None:
+            shutil.rmtree(folder)
             return None
-        return Unit(self.root / key, _digest(files))
+        return Unit(folder, _digest(files))
 
     def make(self, key: str, work: Callable[[Path], None]) -> Unit:
         """The unit of this key; work(folder) fills a new folder if it isn't there yet."""
@@ -103,6 +103,15 @@ def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder by its relative path, hidden files and folders left out; sorted."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return {name: _sha256(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def _finished_files(folder: Path) -> dict[str, str] | None:
+    """What the marker of a unit lists; None if the marker, or a file in its list, is gone."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        return None
+    files = json.loads(marker.read_text())["files"]
+    return files if all((folder / name).is_file() for name in files) else None
 
 
 def _link(source: str, target: str) -> None:

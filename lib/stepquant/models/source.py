@@ -40,12 +40,13 @@ def resolve_source(source: str, revision: str | None) -> Path:
 def describe_source(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
     """The model manifest: experts with t ranges, blocks, sites, shapes, and the SHA-256 of every file of its components.
 
-    Reads headers and hashes files; loads no weights. Paths inside are relative to the source folder.
+    Reads headers and hashes files; loads no weights. Paths inside are relative to the source folder. Raises UserError if
+    a component is missing, or if its weights are missing, truncated or pickled.
     """
     index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text())
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    steps = scheduler["num_train_timesteps"]
+    index = _read_json(index_file, "_class_name")
+    _check_components(folder, index)
+    steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
     boundary = index.get("boundary_ratio")
     folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
     edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
@@ -63,9 +64,34 @@ def describe_source(folder: Path, source: str, revision: str | None) -> dict[str
     }
 
 
+def _check_components(folder: Path, index: dict[str, Any]) -> None:
+    """Refuse now what the stages that load the whole pipeline would stumble over later."""
+    for name, value in index.items():
+        if not isinstance(value, list) or not value[0]:
+            continue
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: no such folder, but {folder / 'model_index.json'} names this component")
+        # Models have a config.json; schedulers, tokenizers and image processors have other names for theirs.
+        if (folder / name / "config.json").is_file():
+            open_weights(folder / name)
+
+
+def _read_json(file: Path, key: str) -> dict[str, Any]:
+    """A JSON file of the source that must have a key."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; expected that of a diffusers pipeline") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict) or key not in content:
+        raise UserError(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
+    return content
+
+
 def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> dict[str, Any]:
     weights = open_weights(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_json(folder / "config.json", "num_layers")
     shapes = {path: list(weights.shape(f"blocks.0.{path}.weight")) for site in WAN_SITES for path in site.linears}
     sites = {
         site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: shapes[path] for path in site.linears}}
