@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepquant import params
+from stepquant.errors import UserError
+
+DEMO = Path(__file__).resolve().parent.parent / "lib/stepquant/profiles/demo.yaml"
+GONE = object()
+
+
+def write(folder, changes=()):
+    """The demo profile with some values changed: (dotted key, value) pairs; GONE removes the key."""
+    values = yaml.safe_load(DEMO.read_text())
+    for key, value in changes:
+        *parents, last = key.split(".")
+        node = values
+        for name in parents:
+            node = node.setdefault(name, {})
+        if value is GONE:
+            del node[last]
+        else:
+            node[last] = value
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def refusal(path, *arguments):
+    with pytest.raises(UserError) as caught:
+        params.section(path, *arguments) if arguments else params.check(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_the_demo_profile_is_fine_and_arrives_unchanged(tmp_path):
+    path = write(tmp_path)
+    params.check(path)
+    values = yaml.safe_load(DEMO.read_text())
+    for name in params.SECTIONS:
+        assert params.section(path, name).model_dump() == values[name]
+
+
+@pytest.mark.parametrize("name", [name for name in params.SECTIONS if name != "bins"])
+def test_no_section_has_a_default_or_takes_an_unknown_key(tmp_path, name):
+    for key in params.SECTIONS[name].model_fields:
+        message = refusal(write(tmp_path, [(f"{name}.{key}", GONE)]), name)
+        assert message.startswith(f"{name}.{key}: missing; expected the keys ") and key in message.split("expected", 1)[1]
+    message = refusal(write(tmp_path, [(f"{name}.misspelt", 1)]), name)
+    assert message.startswith(f"{name}.misspelt: unknown parameter; allowed: ")
+    assert message.split("allowed: ")[1].split(", ") == list(params.SECTIONS[name].model_fields)
+
+
+# key, bad value, what the message says is allowed
+REFUSALS = [
+    ("compute.device", 0, "string"),
+    ("compute.dtype", "float64", "'float32', 'bfloat16' or 'float16'"),
+    ("compute.threads", 0, "greater than 0"),
+    ("compute.threads", "2", "integer"),
+    ("compute.threads", True, "integer"),
+    ("model.source", None, "string"),
+    ("model.revision", 1, "string"),
+    ("sampling.height", -64, "greater than 0"),
+    ("sampling.steps", 10.0, "integer"),
+    ("sampling.flow_shift", 0.0, "greater than 0"),
+    ("sampling.flow_shift", float("inf"), "finite number"),
+    ("sampling.flow_shift", float("nan"), "finite number"),
+    ("sampling.guidance_scale", 0.5, "greater than or equal to 1"),
+    ("trajectories.manifest", ["a"], "string"),
+    ("trajectories.calibration_prompts", 0, "greater than 0"),
+    ("capture.seed", -1, "greater than or equal to 0"),
+    ("capture.search_tokens", None, "integer"),
+    ("format.weight", "int8", "'int4', 'mxfp4' or 'nvfp4'"),
+    ("format.activation", "bf16", "'int4', 'mxfp4' or 'nvfp4'"),
+    ("format.e8m0_weight", "round", "'floor' or 'ceil'"),
+    ("smooth.alpha", 1.5, "less than or equal to 1"),
+    ("smooth.alpha", "find", "'search'"),
+    ("smooth.beta", -0.5, "greater than or equal to 0"),
+    ("smooth.candidates", [], "at least 1 item"),
+    ("smooth.candidates", [0.5, 2.0], "less than or equal to 1"),
+    ("lowrank.rank", -1, "greater than or equal to 0"),
+    ("gptq.damping", 0.0, "greater than 0"),
+    ("gptq.act_order", "yes", "boolean"),
+    ("gptq.block_size", 0, "greater than 0"),
+    ("clip.ratios", [0.0], "greater than 0"),
+    ("clip.ratios", [0.9, 0.9], "values repeat"),
+    ("clip.exponent_offsets", [5], "less than or equal to 4"),
+    ("clip.exponent_offsets", [0.5], "integer"),
+    ("generate.prompts", -3, "greater than 0"),
+    ("evaluate.confidence", 1.0, "less than 1"),
+    ("report.title", "", "at least 1 character"),
+    ("bins.high_noise", 0, "greater than 0"),
+    ("bins.high_noise", "three", "integer"),
+    ("bins.high_noise", [1000.0, float("nan"), 900.0], "finite number"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), REFUSALS, ids=lambda value: str(value))
+def test_a_bad_value_is_named_with_what_is_allowed(tmp_path, key, value, allowed):
+    path = write(tmp_path, [(key, value)])
+    message = refusal(path, key.split(".")[0])
+    assert message.startswith(f"{key}: found ") and allowed in message
+    culprits = value if isinstance(value, list) and value else [value]
+    assert any(repr(culprit) in message for culprit in culprits)
+    assert refusal(path) == message
+
+
+def test_a_float_may_be_written_as_a_whole_number(tmp_path):
+    assert params.section(write(tmp_path, [("sampling.flow_shift", 5)]), "sampling").flow_shift == 5.0
+
+
+def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):
+    message = refusal(write(tmp_path, [("lowrnk", {"rank": 8})]), "compute")
+    assert message.startswith("unknown section 'lowrnk'; allowed: compute, model, ") and message.endswith("report, experts")
+
+
+def test_a_misspelt_parameter_is_named_as_it_was_written(tmp_path):
+    message = refusal(write(tmp_path, [("gptq.damping", GONE), ("gptq.dampening", 0.01)]))
+    assert message == "gptq.dampening: unknown parameter; allowed: damping, act_order, block_size"
+
+
+def test_a_missing_section(tmp_path):
+    assert refusal(write(tmp_path, [("gptq", GONE)]), "gptq") == "missing key 'gptq'"
+
+
+def test_a_section_that_is_no_section(tmp_path):
+    assert refusal(write(tmp_path, [("gptq", 3)]), "gptq") == "gptq: found 3; expected a section of keys"
+
+
+def test_an_expert_s_override_changes_that_expert_and_those_keys_only(tmp_path):
+    path = write(tmp_path, [("experts.low_noise.lowrank", {"rank": 64}), ("experts.low_noise.smooth", {"alpha": 0.25})])
+    params.check(path)
+    assert params.section(path, "lowrank", "low_noise").model_dump() == {"rank": 64, "seed": 0}
+    assert params.section(path, "lowrank", "high_noise") == params.section(path, "lowrank")
+    assert params.section(path, "lowrank").rank == 32
+    smooth = params.section(path, "smooth")
+    assert params.section(path, "smooth", "low_noise") == smooth.model_copy(update={"alpha": 0.25})
+    assert params.section(path, "compute", "low_noise") == params.section(path, "compute")
+
+
+def test_a_bad_override_is_named_as_an_override(tmp_path):
+    message = refusal(write(tmp_path, [("experts.low_noise.lowrank", {"rnk": 64})]))
+    assert message == "experts.low_noise.lowrank over lowrank.rnk: unknown parameter; allowed: rank, seed"
+    message = refusal(write(tmp_path, [("experts.low_noise.gptq", {"damping": -1.0})]), "gptq", "low_noise")
+    assert message.startswith("experts.low_noise.gptq over gptq.damping: found -1.0; ")
+
+
+@pytest.mark.parametrize("changes", [[("experts.low_noise.lowrnk", {})], [("experts.low_noise.clip", GONE)], [("experts.low_noise.format", {})]])
+def test_an_expert_has_exactly_the_sections_that_can_be_overridden(tmp_path, changes):
+    message = refusal(write(tmp_path, changes))
+    assert "low_noise has [" in message and "allowed: exactly ['clip', 'gptq', 'lowrank', 'smooth']" in message
+
+
+def test_an_expert_that_is_not_there(tmp_path):
+    assert refusal(write(tmp_path), "gptq", "hgih_noise") == "missing key 'experts.hgih_noise.gptq'"
+
+
+@pytest.mark.parametrize("changes", [[("bins.hgih_noise", 3)], [("bins.low_noise", GONE)]])
+def test_bins_belong_to_the_experts(tmp_path, changes):
+    message = refusal(write(tmp_path, changes))
+    assert message.startswith("bins has [") and message.endswith("allowed: exactly the experts, ['high_noise', 'low_noise']")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"a: [1", "not YAML: "), (b"a: \xff", "not YAML: "), (b"- 1\n", "found list; expected sections"), (b"", "found NoneType; expected sections")],
+)
+def test_a_file_that_holds_no_sections(tmp_path, content, what):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith(what)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert refusal(tmp_path / "absent.yaml") == "no such file; `stepquant profile demo` writes one"
+    assert refusal(tmp_path) == "no such file; `stepquant profile demo` writes one"
