@@ -1,0 +1,154 @@
+"""SIGKILL in the middle of a stage, and two writers at once: nothing is lost, nothing is stale, nothing is broken."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workspace import BLOCKS, Workspace
+
+EXPERT = "high_noise"
+OUTS = {"capture": f"artifacts/activations/{EXPERT}.zarr", "gptq": f"artifacts/residual/{EXPERT}"}
+DEADLINE = 120  # seconds until a process that hangs fails its test
+
+
+@pytest.fixture
+def fresh(workspace_copy) -> Workspace:
+    """A finished workspace without units and without run-cache: whatever runs has to compute."""
+    for folder in (".units", ".dvc/cache/runs"):
+        subprocess.run(["rm", "-r", workspace_copy.root / folder], check=True)
+    return workspace_copy
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def units(workspace: Workspace, stage: str) -> dict[str, tuple[int, int]]:
+    """The finished units of a stage by key, with inode and time of each marker: a unit made again has others."""
+    markers = (workspace.root / ".units" / f"{stage}@{EXPERT}").glob("*/unit.json")
+    return {m.parent.name: (m.stat().st_ino, m.stat().st_mtime_ns) for m in markers if not m.parent.name.startswith(".")}
+
+
+def blocks(workspace: Workspace, stage: str) -> dict[str, tuple[int, int]]:
+    """The units that end up in the out, which leaves aside the outputs that capture hands from block to block."""
+    folder = workspace.root / ".units" / f"{stage}@{EXPERT}"
+    return {key: mark for key, mark in units(workspace, stage).items() if not list((folder / key).glob("0*.safetensors"))}
+
+
+def stage_process(parent: subprocess.Popen) -> psutil.Process | None:
+    """The stage's Python process: the one started, or the one that dvc started."""
+    found = [p for p in (psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)) if "stages." in " ".join(p.cmdline())]
+    return found[-1] if found else None
+
+
+@contextmanager
+def stopped_after_one_unit(workspace: Workspace, stage: str, *command: str) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
+    """Start a command that runs a stage, and stop the stage's process once its first unit is there; at the end nothing is left running."""
+    parent = workspace.start(*command)
+    try:
+        wait_for(lambda: bool(blocks(workspace, stage)))
+        process = stage_process(parent)
+        process.suspend()
+        assert len(blocks(workspace, stage)) < BLOCKS, "the stage was quicker than the test"
+        yield parent, process
+    finally:
+        for leftover in [*psutil.Process(parent.pid).children(recursive=True), parent] if parent.poll() is None else []:
+            leftover.kill()
+        parent.communicate()
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("stage", OUTS)
+@pytest.mark.parametrize("victim", ["the stage", "dvc"])
+def test_a_killed_run_ends_like_an_undisturbed_one(fresh, stage, victim):
+    expected = fresh.hashes()
+    with stopped_after_one_unit(fresh, stage, "dvc", "repro", "--force", "--single-item", f"{stage}@{EXPERT}") as (dvc, process):
+        (dvc if victim == "dvc" else process).send_signal(signal.SIGKILL)
+        wait_for(lambda: gone(process))
+        dvc.wait(DEADLINE)
+    finished = blocks(fresh, stage)
+    assert 0 < len(finished) < BLOCKS
+    assert not (fresh.root / OUTS[stage]).exists()
+
+    output = fresh.run("dvc", "repro", "--single-item", f"{stage}@{EXPERT}")
+    assert f"Running stage '{stage}@{EXPERT}'" in output
+    assert fresh.hashes() == expected
+    after = blocks(fresh, stage)
+    assert len(after) == BLOCKS
+    assert finished.items() <= after.items()
+    assert not list((fresh.root / ".units").rglob("*.partial"))
+
+
+def test_a_stage_killed_by_hand_goes_on_by_hand(fresh):
+    expected = fresh.hashes()[f"gptq@{EXPERT}: {OUTS['gptq']}"]
+    command = ("stages.gptq", "--expert", EXPERT)
+    subprocess.run(["rm", "-r", fresh.root / OUTS["gptq"]], check=True)
+    with stopped_after_one_unit(fresh, "gptq", *command) as (_, process):
+        process.kill()
+    finished = blocks(fresh, "gptq")
+    fresh.run(*command)
+    assert finished.items() <= blocks(fresh, "gptq").items()
+    fresh.run("dvc", "commit", "--force", f"gptq@{EXPERT}")
+    assert fresh.hashes()[f"gptq@{EXPERT}: {OUTS['gptq']}"] == expected
+
+
+def test_a_parameter_changed_after_a_kill_reuses_nothing(fresh):
+    target = ("dvc", "repro", "--single-item", f"gptq@{EXPERT}")
+    name = f"gptq@{EXPERT}: {OUTS['gptq']}"
+    first = fresh.hashes()[name]
+    with stopped_after_one_unit(fresh, "gptq", *target, "--force") as (_, process):
+        process.kill()
+    before = blocks(fresh, "gptq")
+
+    damping = fresh.params()["gptq"]["damping"]
+    fresh.set("gptq.damping", 0.5)
+    fresh.run(*target)
+    changed, after = fresh.hashes()[name], blocks(fresh, "gptq")
+    assert changed != first
+    assert len(after.keys() - before.keys()) == BLOCKS
+    subprocess.run(["rm", "-r", fresh.root / ".units"], check=True)
+    fresh.run(*target, "--force")
+    assert fresh.hashes()[name] == changed
+
+    fresh.set("gptq.damping", damping)
+    fresh.run(*target)
+    assert fresh.hashes()[name] == first
+    fresh.set("gptq.damping", 0.5)
+    output = fresh.run(*target)
+    assert "is cached - skipping run" in output
+    assert fresh.hashes()[name] == changed
+
+
+def test_a_second_writer_is_refused(fresh):
+    """While a run is under way (its stage is stopped for as long as the others try), a stage and a `dvc repro` are both refused."""
+    expected = fresh.hashes()
+    with stopped_after_one_unit(fresh, "gptq", "dvc", "repro", "--force", "--single-item", f"gptq@{EXPERT}") as (dvc, process):
+        by_hand = fresh.run("stages.gptq", "--expert", EXPERT, code=2)
+        assert by_hand == f"error: .units/gptq@{EXPERT}.lock: another process is running this stage; wait for it or stop it\n"
+        by_dvc = fresh.run("dvc", "repro", f"gptq@{EXPERT}", code=255)
+        assert "is busy, it is being blocked by" in by_dvc
+        process.resume()
+        assert dvc.wait(DEADLINE) == 0
+    assert fresh.hashes() == expected
+    assert tuple(fresh.root.glob("artifacts/residual/.*")) == ()
+
+
+def test_a_lock_left_by_a_killed_process_is_free(fresh):
+    lock = Path(fresh.root / f".units/gptq@{EXPERT}.lock")
+    lock.parent.mkdir()
+    lock.touch()
+    fresh.run("stages.gptq", "--expert", EXPERT)
+    assert os.path.isdir(fresh.root / OUTS["gptq"])
