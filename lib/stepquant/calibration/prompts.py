@@ -95,7 +95,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         if type(row.get(key)) is not kind:  # isinstance would take true for a whole number
             raise UserError(f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}")
     if not _ID.fullmatch(row["id"]):
-        raise UserError(f"{where}: id '{row['id']}'; allowed: letters, digits and underscores")
+        raise UserError(f"{where}: id {row['id']!r}; allowed: letters, digits and underscores")
     if not 0 <= row["seed"] < 2**63:
         raise UserError(f"{where}: seed {row['seed']}; allowed: 0 to 2^63 - 1")
     return row

@@ -34,7 +34,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model.source: no folder {source}, and the hub gave no such model: {error}") from None
+        raise UserError(f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}") from None
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> dict[str, Any]:

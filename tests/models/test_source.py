@@ -1,0 +1,170 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepquant.errors import UserError
+from stepquant.models.source import describe_source, expert_digest, resolve_source
+from tests.wan import BLOCKS, save_expert
+
+INDEX = {
+    "_class_name": "WanImageToVideoPipeline",
+    "boundary_ratio": 0.9,
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A pipeline folder with all that a description reads; the VAE's one tensor stands for its weights."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 1000}))
+    save_expert(folder / "transformer", torch.bfloat16, seed=1)
+    save_expert(folder / "transformer_2", torch.bfloat16, seed=2)
+    (folder / "vae").mkdir()
+    (folder / "vae/config.json").write_text("{}")
+    save_file({"weight": torch.zeros(64)}, folder / "vae/diffusion_pytorch_model.safetensors")
+    (folder / "README.md").write_text("not a component")
+    return folder
+
+
+@pytest.fixture
+def source(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "source")
+
+
+def describe(folder):
+    return describe_source(folder, str(folder), None)
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        describe(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_two_expert_model(finished):
+    manifest = describe(finished)
+    assert {key: manifest[key] for key in ("source", "revision", "pipeline", "num_train_timesteps")} == {
+        "source": str(finished), "revision": None, "pipeline": "WanImageToVideoPipeline", "num_train_timesteps": 1000,
+    }
+    assert list(manifest["experts"]) == ["high_noise", "low_noise"]
+    high, low = manifest["experts"].values()
+    assert (high["subfolder"], high["t_range"], high["blocks"]) == ("transformer", [900, 1000], BLOCKS)
+    assert (low["subfolder"], low["t_range"], low["blocks"]) == ("transformer_2", [0, 900], BLOCKS)
+    stored = load_file(finished / "transformer/diffusion_pytorch_model.safetensors")
+    assert high["bf16_bytes"] == 2 * sum(tensor.numel() for tensor in stored.values())
+
+
+def test_shapes_are_rows_and_columns_of_each_linear(finished):
+    sites = describe(finished)["experts"]["high_noise"]["sites"]
+    assert list(sites) == ["attn1.qkv", "attn1.out", "attn2.q", "attn2.kv", "attn2.out", "ffn.up", "ffn.down"]
+    assert sites["attn1.qkv"] == {"depends_on_timestep": True, "linears": {f"attn1.to_{x}": [64, 64] for x in "qkv"}}
+    assert sites["attn2.kv"] == {"depends_on_timestep": False, "linears": {"attn2.to_k": [64, 64], "attn2.to_v": [64, 64]}}
+    assert sites["ffn.up"]["linears"] == {"ffn.net.0.proj": [128, 64]}
+    assert sites["ffn.down"]["linears"] == {"ffn.net.2": [64, 128]}
+
+
+def test_every_component_s_files_are_hashed(finished):
+    files = describe(finished)["files"]
+    expected = {"model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    expected |= {f"{expert}/{name}" for expert in ("transformer", "transformer_2") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert set(files) == expected
+    for name, digest in files.items():
+        assert digest == hashlib.sha256((finished / name).read_bytes()).hexdigest()
+
+
+def test_an_expert_s_digest_follows_its_own_files_only(source):
+    before = describe(source)
+    (source / "transformer_2/config.json").write_text((source / "transformer_2/config.json").read_text() + " ")
+    after = describe(source)
+    assert expert_digest(after, "high_noise") == expert_digest(before, "high_noise")
+    assert expert_digest(after, "low_noise") != expert_digest(before, "low_noise")
+    assert expert_digest(before, "high_noise") != expert_digest(before, "low_noise")
+
+
+def test_a_dense_model_has_one_expert_over_all_of_t(source):
+    (source / "model_index.json").write_text(json.dumps(INDEX | {"boundary_ratio": None, "transformer_2": [None, None]}))
+    shutil.rmtree(source / "transformer_2")
+    experts = describe(source)["experts"]
+    assert list(experts) == ["denoiser"]
+    assert (experts["denoiser"]["subfolder"], experts["denoiser"]["t_range"]) == ("transformer", [0, 1000])
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae", "scheduler"])
+def test_a_missing_component(source, component):
+    shutil.rmtree(source / component)
+    assert refusal(source) == f"{source / component}: no such folder, but {source / 'model_index.json'} names this component"
+
+
+@pytest.mark.parametrize("component", ["transformer_2", "vae"])
+def test_weights_that_are_missing_truncated_or_pickled(source, component):
+    file = source / component / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    assert refusal(source).startswith(f"{file}: truncated or damaged: {len(whole) - 7} bytes, its header says {len(whole)}")
+    file.unlink()
+    assert refusal(source).startswith(f"{file.parent}: no weights; expected ")
+    torch.save({}, file.with_suffix(".bin"))
+    assert "found only pickled weights (diffusion_pytorch_model.bin)" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("model_index.json", "_class_name"), ("scheduler/scheduler_config.json", "num_train_timesteps"), ("transformer/config.json", "num_layers")],
+)
+def test_a_config_that_is_missing_broken_or_empty(source, file, key):
+    path = source / file
+    path.write_text("{}")
+    assert refusal(source) == f"{path}: no '{key}' in it; expected that of a diffusers pipeline"
+    path.write_text("{")
+    assert refusal(source).startswith(f"{path}: not JSON (")
+    path.unlink()
+    assert refusal(source) == f"{path}: no such file; expected that of a diffusers pipeline"
+
+
+def test_a_local_folder_is_found(finished):
+    assert resolve_source(str(finished), None) == finished
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "a/b/c", "/absent/folder"])
+def test_neither_a_folder_nor_a_hub_id(source):
+    with pytest.raises(UserError) as caught:
+        resolve_source(source, None)
+    assert str(caught.value) == f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+
+
+def test_a_folder_without_an_index_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    with pytest.raises(UserError, match="model.source: owner/name has no model_index.json"):
+        resolve_source("owner/name", None)
+
+
+def test_a_hub_id_is_asked_for_without_pickles(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(name, *, revision, ignore_patterns):
+        asked.update(name=name, revision=revision, ignored=set(ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_source("owner/name", "abc") == tmp_path
+    assert asked == {"name": "owner/name", "revision": "abc", "ignored": {"*.bin", "*.pt", "*.pth", "*.ckpt"}}
+
+
+def test_a_hub_id_that_the_hub_does_not_give(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="model.source: no folder nobody/no-such-model, and the hub gave no such model: "):
+        resolve_source("nobody/no-such-model", None)
