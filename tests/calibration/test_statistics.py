@@ -1,0 +1,178 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from stepquant.calibration.activations import read_activations, site_folder
+from stepquant.calibration.arrays import open_group
+from stepquant.calibration.statistics import SiteStatistics, plan_site
+from stepquant.calibration.trajectories import Call
+from stepquant.errors import UserError
+from stepquant.models.bins import Bins
+
+TOKENS, CHANNELS = 10, 6
+BINS = Bins((1000.0, 900.0, 500.0, 0.0))
+# Four steps in bin 1 but one in bin 0 and one in bin 2, so that equal weights of calls and of bins differ.
+TIMES = [950.0, 900.0, 800.0, 700.0, 600.0, 300.0]
+SPLITS = {"dog": "calibration", "car": "calibration", "cat": "heldout"}
+CALLS = [Call(p, SPLITS[p], step, branch, t) for p in SPLITS for step, t in enumerate(TIMES) for branch in (0, 1)]
+SAMPLES = {"calibration": 7, "heldout": 5}
+
+
+@pytest.fixture
+def x():
+    """The site's input in every call, [calls, TOKENS, CHANNELS]: no two tokens are equal."""
+    return torch.randn(len(CALLS), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def text():
+    """The input of a site that does not depend on t: the same at every step, by prompt and branch."""
+    generator = torch.Generator().manual_seed(1)
+    by_prompt = {key: torch.randn(TOKENS, CHANNELS, generator=generator) for key in itertools.product(SPLITS, (0, 1))}
+    return torch.stack([by_prompt[call.prompt, call.branch] for call in CALLS])
+
+
+def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES):
+    """Run the calls through SiteStatistics in chunks, write, and read back."""
+    plan = plan_site(CALLS, bins, TOKENS, samples, seed)
+    statistics = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
+    for start in range(0, len(CALLS), chunk):
+        positions = range(start, min(start + chunk, len(CALLS)))
+        statistics.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
+    statistics.write(folder)
+    return read_activations(folder, "cpu")
+
+
+def tokens_of(x, split, b):
+    """All tokens of a split in a bin, float64: bin 0 is t > 900, bin 2 is t <= 500."""
+    bin_of = [0 if c.t > 900 else 1 if c.t > 500 else 2 for c in CALLS]
+    return torch.cat([x[i] for i, c in enumerate(CALLS) if c.split == split and bin_of[i] == b]).double()
+
+
+def rows_in(sample, tokens):
+    """For each row of the sample, which row of the tokens it is; each row must be found exactly once."""
+    equal = (sample.double()[:, None] == tokens[None]).all(-1)
+    assert torch.equal(equal.sum(1), torch.ones(len(sample), dtype=torch.int64))
+    return equal.int().argmax(1).tolist()
+
+
+def test_the_second_moment_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x):
+    found = collect(tmp_path, x, BINS, chunk=5)
+    per_bin = [tokens_of(x, "calibration", b) for b in range(3)]
+    assert [len(tokens) for tokens in per_bin] == [40, 160, 40]
+    expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
+    assert torch.allclose(found.second_moment.double(), expected, rtol=0, atol=1e-6)
+    assert found.second_moment.dtype == torch.float32
+
+
+def test_absmax_and_mean_are_per_bin(tmp_path, x):
+    found = collect(tmp_path, x, BINS, chunk=5)
+    for b in range(3):
+        tokens = tokens_of(x, "calibration", b)
+        assert torch.equal(found.absmax[b].double(), tokens.abs().amax(0))
+        assert torch.allclose(found.mean[b].double(), tokens.mean(0), rtol=0, atol=1e-6)
+    assert open_group(tmp_path).attrs["tokens"] == [40, 160, 40]
+
+
+def test_held_out_tokens_enter_nothing_but_the_held_out_sample(tmp_path, x):
+    before = collect(tmp_path / "before", x, BINS, chunk=5)
+    heldout = [i for i, call in enumerate(CALLS) if call.split == "heldout"]
+    x[heldout] = 1000 + torch.rand(len(heldout), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(9))
+    after = collect(tmp_path / "after", x, BINS, chunk=5)
+    for name in ("second_moment", "absmax", "mean"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+    for b in range(3):
+        assert torch.equal(after.search[b], before.search[b])
+        assert after.heldout[b].min() >= 1000
+
+
+def test_samples_are_tokens_of_their_split_and_bin_without_replacement(tmp_path, x):
+    found = collect(tmp_path, x, BINS, chunk=5)
+    for b in range(3):
+        for sample, split in ((found.search[b], "calibration"), (found.heldout[b], "heldout")):
+            rows = rows_in(sample, tokens_of(x, split, b))
+            assert len(rows) == len(set(rows)) == SAMPLES[split]
+
+
+def test_a_sample_larger_than_the_bin_is_the_whole_bin(tmp_path, x):
+    found = collect(tmp_path, x, BINS, chunk=5, samples={"calibration": 100, "heldout": 10_000})
+    for b, size in enumerate((40, 100, 40)):
+        assert len(found.search[b]) == size
+        assert sorted(rows_in(found.heldout[b], tokens_of(x, "heldout", b))) == list(range(len(tokens_of(x, "heldout", b))))
+
+
+def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
+    results = [collect(tmp_path / str(chunk), x, BINS, chunk) for chunk in (1, 5, len(CALLS))]
+    for other in results[1:]:
+        for name in ("second_moment", "absmax", "mean"):
+            assert torch.equal(getattr(other, name), getattr(results[0], name))
+        for name in ("search", "heldout"):
+            assert all(torch.equal(a, b) for a, b in zip(getattr(other, name), getattr(results[0], name), strict=True))
+
+
+def test_the_choice_follows_the_seed():
+    def chosen(seed):
+        plan = plan_site(CALLS, BINS, TOKENS, SAMPLES, seed)
+        return [rows.tolist() for rows in plan.rows]
+
+    assert chosen(3) == chosen(3) != chosen(4)
+
+
+def test_every_token_is_as_likely_as_any_other():
+    """20 x 20 draws of 7 out of 40 in bin 0, calibration: each call should get a quarter. 700 +- 5 deviations of about 22."""
+    members = [i for i, c in enumerate(CALLS) if c.split == "calibration" and c.t > 900]
+    drawn = np.array([[len(plan_site(CALLS, BINS, TOKENS, SAMPLES, seed).rows[i]) for i in members] for seed in range(400)]).sum(0)
+    assert drawn.sum() == 400 * 7
+    assert np.abs(drawn - 700).max() < 110
+
+
+def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
+    found = collect(tmp_path, text, None, chunk=5)
+    once = {(c.prompt, c.branch): text[i].double() for i, c in enumerate(CALLS)}
+    tokens = torch.cat([once[p, branch] for p in ("dog", "car") for branch in (0, 1)])
+    assert open_group(tmp_path).attrs["tokens"] == [40]
+    assert torch.allclose(found.second_moment.double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6)
+    assert torch.equal(found.absmax.double(), tokens.abs().amax(0)[None])
+    assert torch.allclose(found.mean.double(), tokens.mean(0)[None], rtol=0, atol=1e-6)
+    assert len(found.search) == len(found.heldout) == 1
+    assert len(set(rows_in(found.search[0], tokens))) == 7
+    assert len(set(rows_in(found.heldout[0], torch.cat([once["cat", 0], once["cat", 1]])))) == 5
+
+
+def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
+    x = x.bfloat16()
+    found = collect(tmp_path, x, BINS, chunk=5)
+    rows_in(found.search[1], tokens_of(x, "calibration", 1))
+    assert open_group(tmp_path)["search.1"].dtype == "uint16"
+    tokens = [tokens_of(x, "calibration", b) for b in range(3)]
+    assert torch.allclose(found.second_moment.double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_or_inf_is_refused_with_its_place(bad, x):
+    statistics = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
+    x[2, 4, 1] = bad
+    with pytest.raises(UserError) as caught:
+        statistics.add(x[:4], CALLS[:4], range(4))
+    place = "low_noise block 3 ffn.up (prompt dog, t = 900)"
+    assert str(caught.value) == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
+
+
+def test_a_bin_that_no_step_falls_into_is_refused():
+    with pytest.raises(UserError) as caught:
+        plan_site(CALLS, Bins((1000.0, 990.0, 0.0)), TOKENS, SAMPLES, 0)
+    assert str(caught.value).startswith("bins: no recorded calibration step has t in bin 0, (990, 1000]; use fewer or wider bins")
+
+
+def test_a_split_without_calls_is_refused():
+    calls = [call for call in CALLS if call.split == "calibration"]
+    with pytest.raises(UserError, match="trajectories: no call of split 'heldout'"):
+        plan_site(calls, None, TOKENS, SAMPLES, 0)
+    with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):
+        plan_site(calls, BINS, TOKENS, SAMPLES, 0)
+
+
+def test_where_a_site_lies(tmp_path):
+    assert site_folder(tmp_path, 3, "attn1.qkv") == tmp_path / "block_03" / "attn1.qkv"
