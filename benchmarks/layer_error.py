@@ -138,7 +138,7 @@ def paper(layer: Layer, precision: Precision) -> Quantized:
 
 
 def refined(layer: Layer, precision: Precision) -> Quantized:
-    """Smoothing by root mean square, scales by error, three refits of the branch, clip search."""
+    """Smoothing by root mean square, scales by error, six refits of the branch, clip search."""
     return _refined(layer, precision, rotation=0, steps=0)
 
 
@@ -168,7 +168,7 @@ def _refined(layer: Layer, precision: Precision, *, rotation: int, steps: int) -
     options = {"rank": RANK, "seed": 0, "precision": precision, "rotation": rotation}
     if steps:
         smooth = learn_smoothing(layer.W, layer.search, smooth, steps=steps, **options)
-    factors = refine(layer.W, layer.H, smooth, rounds=3, damping=0.01, **options)
+    factors = refine(layer.W, layer.H, smooth, rounds=6, damping=0.3, **options)
     clip = _search_clip(layer, factors, [1.0, 0.95, 0.9, 0.86, 0.83, 0.8, 0.75], [0])
     return replace(_unclipped(layer, factors), clip=clip)
 
