@@ -24,10 +24,12 @@ from stepquant.demo.training import LossLog, Run, averaged_weights, learning_rat
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded clips (N, 16, T', H', W') float16, the grey part of the condition, and N captions."""
+    """Encoded clips (N, 16, T', H', W') float16, the grey part of the condition, the importance (16,) of each
+    channel, and N captions."""
 
     clip: torch.Tensor
     grey: torch.Tensor
+    importance: torch.Tensor
     captions: list[str]
 
 
@@ -44,7 +46,7 @@ def load_pool(path: Path) -> Pool:
     """Reads what `stepquant.demo.latents` wrote."""
     with safe_open(path, framework="pt") as file:
         captions = json.loads(file.metadata()["captions"])
-        return Pool(file.get_tensor("clip"), file.get_tensor("grey"), captions)
+        return Pool(file.get_tensor("clip"), file.get_tensor("grey"), file.get_tensor("importance"), captions)
 
 
 def draw_timesteps(random: np.random.Generator, count: int, shift: float, limits: tuple[float, float]) -> torch.Tensor:
@@ -69,7 +71,11 @@ def model_input(noisy: torch.Tensor, clip: torch.Tensor, grey: torch.Tensor) -> 
 def flow_loss(
     model: Denoiser, tokenizer: PreTrainedTokenizerFast, pool: Pool, step: int, settings: ExpertSettings, tokens: int
 ) -> torch.Tensor:
-    """Mean squared error of one batch, which depends on the seed and the step alone."""
+    """Squared error of one batch, which depends on the seed and the step alone.
+
+    Channels are weighted by their importance: the latents are whitened, and without weights most of the loss would be
+    about detail that nobody sees. The best prediction is the same with any weights.
+    """
     random = np.random.default_rng([settings.seed, step])
     chosen = random.integers(len(pool.captions), size=settings.batch)
     clip = pool.clip[torch.from_numpy(chosen)].float()
@@ -86,7 +92,8 @@ def flow_loss(
         encoder_hidden_states=states,
         return_dict=False,
     )[0]
-    return (velocity - (noise - clip)).square().mean()
+    weights = pool.importance.view(1, -1, 1, 1, 1)
+    return ((velocity - (noise - clip)).square() * weights).mean()
 
 
 def main(
@@ -109,7 +116,11 @@ def main(
     log = LossLog(every=20)
     for step in steps_with_checkpoints(run, settings.steps, checkpoint, settings.save_every_seconds):
         rate = learning_rate_at(
-            step, settings.steps, settings.warmup_steps, settings.learning_rate, settings.final_learning_rate
+            step,
+            settings.schedule_steps,
+            settings.warmup_steps,
+            settings.learning_rate,
+            settings.final_learning_rate,
         )
         loss = flow_loss(model, words, pool, step, settings, shape.text_tokens)
         run.update(loss, rate)

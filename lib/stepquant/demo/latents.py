@@ -4,6 +4,7 @@
     clip       (N, 16, T', H', W') float16, latents of whole clips, normalised
     grey       (16, T' - 1, H', W') float16, what follows the first frame's latents in the condition, normalised
     mean, deviation   (16,) float32, what they were normalised with; the autoencoder's config gets the same numbers
+    importance (16,) float32, how far one unit of a channel moves the pixels, relative to the average channel
 and in its metadata the key `captions`: a JSON list of N texts.
 """
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stepquant.demo.clips import draw_batch
+from stepquant.demo.linear_codec import LATENT_CHANNELS
 from stepquant.demo.settings import ClipSettings, LatentSettings, VaeSettings, load_section
 from stepquant.demo.shortcuts import silent_branches_skipped
 from stepquant.demo.sprites import load_assets
@@ -63,6 +65,13 @@ def grey_latents(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
     return behind[0]
 
 
+def channel_importance(vae: AutoencoderKLWan) -> torch.Tensor:
+    """(16,) how far one unit of a latent channel moves the pixels, with mean 1: the inverse of the fitted encoder's
+    gain, because its transforms are orthogonal."""
+    gains = torch.diagonal(vae.encoder.conv_out.weight[:LATENT_CHANNELS, :LATENT_CHANNELS, 2, 1, 1].detach())
+    return (1 / gains) / (1 / gains).mean()
+
+
 def load_statistics(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation per channel, each (16,) float32."""
     with safe_open(path, framework="pt") as file:
@@ -92,6 +101,7 @@ def main(params: Path, assets: Path, vae: Path, out: Path) -> None:
         "grey": ((grey - mean.view(shape)) / deviation.view(shape)).half(),
         "mean": mean,
         "deviation": deviation,
+        "importance": channel_importance(model),
     }
     save_file(tensors, out, metadata={"captions": json.dumps(captions)})
     typer.echo(f"{len(captions)} clips in {out}; deviation {deviation.tolist()}")

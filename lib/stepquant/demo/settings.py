@@ -76,6 +76,7 @@ class VaeSettings(Section):
     linear_rate: float
     batch: int
     steps: int  # of both phases together
+    schedule_steps: int  # where the learning rate reaches its final value, if the run lasts that long
     learning_rate: float
     warmup_steps: int  # of each phase
     gradient_weight: float
@@ -112,10 +113,11 @@ class DenoiserSettings(Section):
 
 
 class ExpertSettings(Section):
-    """One run of flow-matching training; `steps` is where its learning-rate schedule ends."""
+    """One run of flow-matching training."""
 
     batch: int
     steps: int
+    schedule_steps: int  # where the learning rate reaches its final value, if the run lasts that long
     learning_rate: float
     final_learning_rate: float
     warmup_steps: int

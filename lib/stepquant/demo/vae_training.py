@@ -82,9 +82,11 @@ def start_vae(assets: Assets, clips: ClipSettings, settings: VaeSettings) -> Aut
 def rate_at(step: int, settings: VaeSettings) -> float:
     """Learning rate; each phase warms up anew, because the second starts with branches that have never moved."""
     if step < settings.linear_steps:
-        return learning_rate_at(step, settings.steps, settings.warmup_steps, settings.linear_rate, 0)
+        return learning_rate_at(step, settings.schedule_steps, settings.warmup_steps, settings.linear_rate, 0)
     rate, done = settings.learning_rate, step - settings.linear_steps
-    return learning_rate_at(done, settings.steps - settings.linear_steps, settings.warmup_steps, rate, rate / 20)
+    return learning_rate_at(
+        done, settings.schedule_steps - settings.linear_steps, settings.warmup_steps, rate, rate / 20
+    )
 
 
 def train_step(run: Run, step: int, assets: Assets, clips: ClipSettings, settings: VaeSettings) -> dict[str, float]:
