@@ -3,7 +3,9 @@
 Nothing here knows about quantization, and nothing holds more than the prologue and one block.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,16 @@ class Denoiser:
     """One expert's weights folder, opened lazily. device and dtype are those of the arithmetic."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype):
+        self.weights: Weights = open_weights(folder)
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.device, self.dtype = device, dtype
+
+    @cached_property
+    def _class(self) -> Any:
+        # Importing diffusers takes seconds; whoever only reads weights can do without.
         from diffusers import WanTransformer3DModel
 
-        self.weights: Weights = open_weights(folder)
-        self.config: dict[str, Any] = dict(WanTransformer3DModel.load_config(folder, local_files_only=True))
-        self.device, self.dtype = device, dtype
-        self._class = WanTransformer3DModel
+        return WanTransformer3DModel
 
     @property
     def block_count(self) -> int:
