@@ -1,12 +1,10 @@
 """SIGKILL in the middle of a stage, and two writers at once: nothing is lost, nothing is stale, nothing is broken."""
 
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
@@ -20,8 +18,8 @@ DEADLINE = 120  # seconds until a process that hangs fails its test
 
 @pytest.fixture
 def fresh(workspace_copy) -> Workspace:
-    """A finished workspace without units and without run-cache: whatever runs has to compute."""
-    for folder in (".units", ".dvc/cache/runs"):
+    """A finished workspace without units and DVC's cache, which it would check outs out of: whatever runs has to compute."""
+    for folder in (".units", ".dvc/cache"):
         subprocess.run(["rm", "-r", workspace_copy.root / folder], check=True)
     return workspace_copy
 
@@ -33,33 +31,39 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def units(workspace: Workspace, stage: str) -> dict[str, tuple[int, int]]:
-    """The finished units of a stage by key, with inode and time of each marker: a unit made again has others."""
-    markers = (workspace.root / ".units" / f"{stage}@{EXPERT}").glob("*/unit.json")
-    return {m.parent.name: (m.stat().st_ino, m.stat().st_mtime_ns) for m in markers if not m.parent.name.startswith(".")}
+def finished(workspace: Workspace, stage: str) -> dict[str, tuple[int, int]]:
+    """The finished blocks of a stage by key, with inode and time of each marker: a unit made again has others.
 
-
-def blocks(workspace: Workspace, stage: str) -> dict[str, tuple[int, int]]:
-    """The units that end up in the out, which leaves aside the outputs that capture hands from block to block."""
-    folder = workspace.root / ".units" / f"{stage}@{EXPERT}"
-    return {key: mark for key, mark in units(workspace, stage).items() if not list((folder / key).glob("0*.safetensors"))}
+    The outputs that capture hands from block to block are units too; they are left aside.
+    """
+    content = {"capture": "attn1.qkv", "gptq": "factors.safetensors"}[stage]
+    units = (workspace.root / ".units" / f"{stage}@{EXPERT}").glob("[!.]*")
+    markers = [unit / "unit.json" for unit in units if (unit / content).exists()]
+    return {m.parent.name: (m.stat().st_ino, m.stat().st_mtime_ns) for m in markers}
 
 
 def stage_process(parent: subprocess.Popen) -> psutil.Process | None:
-    """The stage's Python process: the one started, or the one that dvc started."""
-    found = [p for p in (psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)) if "stages." in " ".join(p.cmdline())]
-    return found[-1] if found else None
+    """The stage's Python process: the one started, or the one that dvc started; None if it has not begun."""
+    try:
+        processes = (psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True))
+        return next((p for p in processes if p.cmdline()[1:2] == ["-m"] and p.cmdline()[2].startswith("stages.")), None)
+    except psutil.NoSuchProcess:  # one of them ended while we looked
+        return None
 
 
 @contextmanager
-def stopped_after_one_unit(workspace: Workspace, stage: str, *command: str) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
-    """Start a command that runs a stage, and stop the stage's process once its first unit is there; at the end nothing is left running."""
+def stopped_after_one_block(workspace: Workspace, stage: str, *command: str) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
+    """Start a command that runs a stage, and stop the stage's process when its first block is done; leaves nothing running."""
     parent = workspace.start(*command)
     try:
-        wait_for(lambda: bool(blocks(workspace, stage)))
+        wait_for(lambda: stage_process(parent) is not None or parent.poll() is not None)
+        assert parent.poll() is None, parent.stdout.read()
         process = stage_process(parent)
+        process.nice(19)  # so that this test sees the first block before the second is done, on a busy machine too
+        wait_for(lambda: bool(finished(workspace, stage)) or parent.poll() is not None)
+        assert parent.poll() is None, parent.stdout.read()
         process.suspend()
-        assert len(blocks(workspace, stage)) < BLOCKS, "the stage was quicker than the test"
+        assert len(finished(workspace, stage)) < BLOCKS, "the stage was quicker than its test"
         yield parent, process
     finally:
         for leftover in [*psutil.Process(parent.pid).children(recursive=True), parent] if parent.poll() is None else []:
@@ -75,20 +79,20 @@ def gone(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("victim", ["the stage", "dvc"])
 def test_a_killed_run_ends_like_an_undisturbed_one(fresh, stage, victim):
     expected = fresh.hashes()
-    with stopped_after_one_unit(fresh, stage, "dvc", "repro", "--force", "--single-item", f"{stage}@{EXPERT}") as (dvc, process):
+    with stopped_after_one_block(fresh, stage, "dvc", "repro", "--force", "--single-item", f"{stage}@{EXPERT}") as (dvc, process):
         (dvc if victim == "dvc" else process).send_signal(signal.SIGKILL)
         wait_for(lambda: gone(process))
         dvc.wait(DEADLINE)
-    finished = blocks(fresh, stage)
-    assert 0 < len(finished) < BLOCKS
+    before = finished(fresh, stage)
+    assert 0 < len(before) < BLOCKS
     assert not (fresh.root / OUTS[stage]).exists()
 
     output = fresh.run("dvc", "repro", "--single-item", f"{stage}@{EXPERT}")
     assert f"Running stage '{stage}@{EXPERT}'" in output
     assert fresh.hashes() == expected
-    after = blocks(fresh, stage)
+    after = finished(fresh, stage)
     assert len(after) == BLOCKS
-    assert finished.items() <= after.items()
+    assert before.items() <= after.items()
     assert not list((fresh.root / ".units").rglob("*.partial"))
 
 
@@ -96,11 +100,11 @@ def test_a_stage_killed_by_hand_goes_on_by_hand(fresh):
     expected = fresh.hashes()[f"gptq@{EXPERT}: {OUTS['gptq']}"]
     command = ("stages.gptq", "--expert", EXPERT)
     subprocess.run(["rm", "-r", fresh.root / OUTS["gptq"]], check=True)
-    with stopped_after_one_unit(fresh, "gptq", *command) as (_, process):
+    with stopped_after_one_block(fresh, "gptq", *command) as (_, process):
         process.kill()
-    finished = blocks(fresh, "gptq")
+    before = finished(fresh, "gptq")
     fresh.run(*command)
-    assert finished.items() <= blocks(fresh, "gptq").items()
+    assert before.items() <= finished(fresh, "gptq").items()
     fresh.run("dvc", "commit", "--force", f"gptq@{EXPERT}")
     assert fresh.hashes()[f"gptq@{EXPERT}: {OUTS['gptq']}"] == expected
 
@@ -109,14 +113,14 @@ def test_a_parameter_changed_after_a_kill_reuses_nothing(fresh):
     target = ("dvc", "repro", "--single-item", f"gptq@{EXPERT}")
     name = f"gptq@{EXPERT}: {OUTS['gptq']}"
     first = fresh.hashes()[name]
-    with stopped_after_one_unit(fresh, "gptq", *target, "--force") as (_, process):
+    with stopped_after_one_block(fresh, "gptq", *target, "--force") as (_, process):
         process.kill()
-    before = blocks(fresh, "gptq")
+    before = finished(fresh, "gptq")
 
     damping = fresh.params()["gptq"]["damping"]
     fresh.set("gptq.damping", 0.5)
     fresh.run(*target)
-    changed, after = fresh.hashes()[name], blocks(fresh, "gptq")
+    changed, after = fresh.hashes()[name], finished(fresh, "gptq")
     assert changed != first
     assert len(after.keys() - before.keys()) == BLOCKS
     subprocess.run(["rm", "-r", fresh.root / ".units"], check=True)
@@ -135,7 +139,7 @@ def test_a_parameter_changed_after_a_kill_reuses_nothing(fresh):
 def test_a_second_writer_is_refused(fresh):
     """While a run is under way (its stage is stopped for as long as the others try), a stage and a `dvc repro` are both refused."""
     expected = fresh.hashes()
-    with stopped_after_one_unit(fresh, "gptq", "dvc", "repro", "--force", "--single-item", f"gptq@{EXPERT}") as (dvc, process):
+    with stopped_after_one_block(fresh, "gptq", "dvc", "repro", "--force", "--single-item", f"gptq@{EXPERT}") as (dvc, process):
         by_hand = fresh.run("stages.gptq", "--expert", EXPERT, code=2)
         assert by_hand == f"error: .units/gptq@{EXPERT}.lock: another process is running this stage; wait for it or stop it\n"
         by_dvc = fresh.run("dvc", "repro", f"gptq@{EXPERT}", code=255)
@@ -147,8 +151,8 @@ def test_a_second_writer_is_refused(fresh):
 
 
 def test_a_lock_left_by_a_killed_process_is_free(fresh):
-    lock = Path(fresh.root / f".units/gptq@{EXPERT}.lock")
+    lock = fresh.root / f".units/gptq@{EXPERT}.lock"
     lock.parent.mkdir()
     lock.touch()
     fresh.run("stages.gptq", "--expert", EXPERT)
-    assert os.path.isdir(fresh.root / OUTS["gptq"])
+    assert len(finished(fresh, "gptq")) == BLOCKS

@@ -1,0 +1,85 @@
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ci.reproduce import accept, copy_sources, hash_differences, metric_differences, pipeline_environment, reference_differences, rerun_differences
+
+TOLERANCE = {"psnr": {"absolute": 0.5}, "layer_error": {"relative": 0.1}, "size_ratio": {}}
+METRICS = {"full": {"psnr": 40.0, "layer_error": {"low_noise": 0.2}, "size_ratio": 0.5}, "bf16": {"psnr": None, "layer_error": {}, "size_ratio": 1.0}}
+
+
+def changed(variant: str, key: str, value) -> dict:
+    return METRICS | {variant: METRICS[variant] | {key: value}}
+
+
+@pytest.mark.parametrize(
+    "metrics, key",
+    [
+        (changed("full", "psnr", 40.6), "full.psnr"),
+        (changed("full", "layer_error", {"low_noise": 0.23}), "full.layer_error.low_noise"),
+        (changed("full", "layer_error", {}), "full.layer_error.low_noise"),
+        (changed("full", "size_ratio", 0.5001), "full.size_ratio"),
+        (changed("bf16", "psnr", 40.0), "bf16.psnr"),
+        ({"full": METRICS["full"]}, "bf16"),
+        (METRICS | {"rtn": {"psnr": 30.0}}, "rtn"),
+    ],
+)
+def test_a_metric_outside_its_tolerance_is_named(metrics, key):
+    (line,) = metric_differences(METRICS, metrics, TOLERANCE)
+    assert line.startswith(f"metrics.json {key}: ")
+
+
+@pytest.mark.parametrize("metrics", [METRICS, changed("full", "psnr", 39.6), changed("full", "layer_error", {"low_noise": 0.21})])
+def test_metrics_within_their_tolerances(metrics):
+    assert list(metric_differences(METRICS, metrics, TOLERANCE)) == []
+
+
+def test_a_changed_a_missing_and_a_new_hash_are_named():
+    first, second = {"a: x": "1", "b: y": "2", "c: z": "3"}, {"a: x": "1", "b: y": "9", "d: w": "4"}
+    assert [line.split(": ")[0] for line in hash_differences(first, second)] == ["b", "c", "d"]
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A checkout in small: one stage that always writes the same, one that writes the time; both have run."""
+    root = tmp_path / "checkout"
+    for name in ("stages", "lib", "data/reference", ".dvc"):
+        (root / name).mkdir(parents=True)
+    for name in ("params.yaml", ".dvcignore", ".dvc/config"):
+        (root / name).touch()
+    (root / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    stages = {"same": {"cmd": "echo 1 > same", "outs": ["same"]}, "time": {"cmd": "date +%N > time", "outs": ["time"]}}
+    (root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    return root
+
+
+def repro(root: Path) -> None:
+    environment = pipeline_environment(root) | {"DVC_SITE_CACHE_DIR": os.fspath(root.parent / "site")}
+    subprocess.run(["python", "-m", "dvc", "repro", "--quiet"], cwd=root, env=environment, check=True)
+
+
+def test_a_stage_that_gives_other_bytes_is_named(checkout):
+    repro(checkout)
+    (line,) = rerun_differences(checkout, pipeline_environment(checkout))
+    assert line.startswith("time: time: ")
+
+
+def test_a_copy_brings_nothing_that_a_run_made(checkout, tmp_path):
+    repro(checkout)
+    (checkout / "lib" / "__pycache__").mkdir()
+    copy_sources(checkout, tmp_path / "copy")
+    files = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*")}
+    assert files == {"stages", "lib", "data", "data/reference", ".dvc", ".dvc/config", ".dvc/config.local", ".dvcignore", "dvc.yaml", "params.yaml"}
+
+
+def test_accepted_metrics_are_the_reference(checkout):
+    reference = checkout / "data/reference/metrics.json"
+    reference.write_text(json.dumps({"about": ["why"], "tolerance": TOLERANCE, "metrics": {}}))
+    (checkout / "metrics.json").write_text(json.dumps(METRICS))
+    assert len(reference_differences(checkout)) == 2
+    accept(checkout)
+    assert reference_differences(checkout) == []
+    assert json.loads(reference.read_text())["about"] == ["why"]
