@@ -32,8 +32,8 @@ def refine(
 
     smooth: bfloat16 [K]. rounds: how often the branch is refitted, 0 for GPTQ of the plain residual; 6 refits take 2 to 6 %
     off the W4A4 error of none. damping: as in `gptq`, and for the refits too. On heavy-tailed layers 0.3 equals the usual
-    0.01 with 16 tokens per column and is 3 to 5 % better with 2; on the demo model's sites, with tokens in plenty, 0.01 is
-    2 % better. rotation: block, 0 is none.
+    0.01 with 16 tokens per column and is 3 to 5 % better with 2; on one block of the demo model, with tokens in plenty,
+    0.01 is 2 % better. rotation: block, 0 is none.
 
     Raises UserError as `gptq` and `low_rank_factors` do.
     """
