@@ -78,6 +78,15 @@ def prepare_torch(compute: knobs.Compute) -> None:
     torch.set_grad_enabled(False)
 
 
+def quiet_libraries() -> None:
+    """Silence the loading bars of diffusers and transformers: a stage has its own lines."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def read_json(path: Path) -> Any:
     """An artifact of an earlier stage. Raises UserError if it isn't there."""
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stages import artifacts
-from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json, to_json
+from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, quiet_libraries, read_json, to_json
 from stepquant.calibration.prompts import Prompt, evaluation_prompts
 from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.commands import command, main
@@ -56,6 +56,7 @@ class Sampler:
         write_video(folder / "video.mp4", pixels.permute(0, 2, 3, 1).cpu().numpy(), self.stage["generate"].fps)
 
     def _load(self) -> Any:
+        quiet_libraries()
         compute = self.stage["compute"]
         dtype = dtype_of(compute.dtype)
         if self.variant == "bf16":

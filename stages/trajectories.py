@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import artifacts
-from stages.common import ParamsFile, dtype_of, open_stage, read_json
+from stages.common import ParamsFile, dtype_of, open_stage, quiet_libraries, read_json
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.prompts import Prompt, read_manifest, take
 from stepquant.calibration.trajectories import recorded, write_trajectory
@@ -44,7 +44,7 @@ def record(pipe: Any, sampling: Any, prompt: Prompt, folder: Path) -> None:
     experts = {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2} if pipe.transformer_2 else {"denoiser": pipe.transformer}
     with recorded(experts) as calls:
         sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
-    write_trajectory(folder, calls, pipe.transformer.config.out_channels, prompt.split)
+    write_trajectory(folder, calls, pipe.transformer.config.out_channels, prompt.split, f"prompt {prompt.id}")
 
 
 class _Lazy:
@@ -56,6 +56,7 @@ class _Lazy:
 
     def get(self) -> Any:
         if self._pipe is None:
+            quiet_libraries()
             manifest, compute, sampling = self._arguments
             folder = resolve_source(manifest["source"], manifest["revision"])
             self._pipe = load_source_pipeline(folder, compute.device, dtype_of(compute.dtype))
