@@ -70,7 +70,8 @@ def pack(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_json(artifacts.MODEL)
         source = resolve_source(manifest["source"], manifest["revision"])
         packers = [Packer(RECIPES[variant], stage, manifest, source, expert) for expert in manifest["experts"]]
-        shutil.rmtree(artifacts.checkpoint(variant), ignore_errors=True)
+        if artifacts.checkpoint(variant).exists():
+            shutil.rmtree(artifacts.checkpoint(variant))
         write_checkpoint(source, artifacts.checkpoint(variant), {p.subfolder: (p.settings(), p.blocks()) for p in packers})
 
 

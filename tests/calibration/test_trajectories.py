@@ -44,7 +44,7 @@ def store(root, **prompts):
     for name, (seed, split, branches) in prompts.items():
         with recorded(experts) as calls:
             sample(experts, make_inputs(seed), branches)
-        write_trajectory(root / name, calls, LATENT_CHANNELS, split)
+        write_trajectory(root / name, calls, LATENT_CHANNELS, split, name)
     (root / "zarr.json").write_text(group_metadata({"prompts": {name: f"digest of {name}" for name in prompts}}))
     return Trajectories(root)
 
@@ -107,8 +107,8 @@ def test_a_pipeline_that_produces_nan_is_refused_before_anything_is_written(tmp_
     with recorded(experts) as calls:
         sample(experts, make_inputs(0))
     calls[0][key][0, 0, 0] = float("nan")
-    with pytest.raises(UserError, match=f"dog: the pipeline produced NaN or Inf in the {what} it gave to its denoiser"):
-        write_trajectory(tmp_path / "dog", calls, LATENT_CHANNELS, "calibration")
+    with pytest.raises(UserError, match=f"prompt dog: the pipeline gave its denoiser {what} with NaN or Inf"):
+        write_trajectory(tmp_path / "dog", calls, LATENT_CHANNELS, "calibration", "prompt dog")
     assert not (tmp_path / "dog").exists()
 
 

@@ -52,21 +52,24 @@ def recorded(experts: dict[str, torch.nn.Module]) -> Iterator[list[dict[str, Any
             handle.remove()
 
 
-def write_trajectory(folder: Path, calls: list[dict[str, Any]], latent_channels: int, split: str) -> None:
-    """Store one prompt's recorded calls (batch 1 each), dropping what is the same in all of them."""
+def write_trajectory(folder: Path, calls: list[dict[str, Any]], latent_channels: int, split: str, where: str) -> None:
+    """Store one prompt's recorded calls (batch 1 each), dropping what is the same in all of them.
+
+    where: what an error names. Raises UserError for NaN or Inf.
+    """
     times = [float(call["timestep"].flatten()[0]) for call in calls]
     first = [i for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
     branches = len(calls) // len(first)
     inputs = [calls[i]["hidden_states"][0] for i in first]
-    for name, tensor in (("latents", torch.stack(inputs)), ("embeddings", calls[0]["encoder_hidden_states"])):
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder.name}: the pipeline produced NaN or Inf in the {name} it gave to its denoiser; check the model and compute.dtype")
     tensors = {
+        "embeddings": torch.cat([call["encoder_hidden_states"] for call in calls[:branches]]),
         "latents": torch.stack([x[:latent_channels] for x in inputs]),
         "condition": inputs[0][latent_channels:],
-        "embeddings": torch.cat([call["encoder_hidden_states"] for call in calls[:branches]]),
         "timesteps": torch.tensor([times[i] for i in first], dtype=torch.float32),
     }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; check the model, or use another compute.dtype")
     write_group(folder, tensors, {"split": split, "experts": [calls[i]["expert"] for i in first]})
 
 

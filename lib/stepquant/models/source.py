@@ -45,7 +45,7 @@ def describe_source(folder: Path, source: str, revision: str | None) -> dict[str
     """
     index_file = folder / "model_index.json"
     index = _read_json(index_file, "_class_name")
-    _check_components(folder, index)
+    _check_components(folder)
     steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
     boundary = index.get("boundary_ratio")
     folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
@@ -64,9 +64,9 @@ def describe_source(folder: Path, source: str, revision: str | None) -> dict[str
     }
 
 
-def _check_components(folder: Path, index: dict[str, Any]) -> None:
-    """Refuse now what the stages that load the whole pipeline would stumble over later."""
-    for name, value in index.items():
+def _check_components(folder: Path) -> None:
+    """Refuse a pipeline with a component missing or broken before anything loads it: diffusers' own errors are a riddle."""
+    for name, value in _read_json(folder / "model_index.json", "_class_name").items():
         if not isinstance(value, list) or not value[0]:
             continue
         if not (folder / name).is_dir():
@@ -114,7 +114,11 @@ def expert_digest(manifest: dict[str, Any], expert: str) -> str:
 
 
 def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """The unquantized pipeline with its components in `dtype`, offloaded by component when the device is no CPU."""
+    """The unquantized pipeline with its components in `dtype`, offloaded by component when the device is no CPU.
+
+    Raises UserError as describe_source does: the folder may have changed since it was described.
+    """
+    _check_components(folder)
     from diffusers import WanImageToVideoPipeline
 
     pipe = WanImageToVideoPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
