@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path("data/reference/metrics.json")
 # What the pipeline reads. Everything else is made by it.
-SOURCES = ("dvc.yaml", "params.yaml", "stages", "lib", "data")
+SOURCES = ("dvc.yaml", "params.yaml", "stages", "lib", "data/models", "data/calibration", "data/evaluation")
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def rerun_differences(root: Path, environment: dict[str, str]) -> list[str]:
 def copy_sources(root: Path, copy: Path, names: tuple[str, ...] = SOURCES) -> None:
     """A runnable copy of a checkout: what the pipeline reads and DVC's settings; no artifact, unit, cache or lock file."""
     copy.mkdir(parents=True)
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "artifacts")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in (*names, ".dvcignore"):
         if (root / name).is_dir():
             shutil.copytree(root / name, copy / name, ignore=ignore)
