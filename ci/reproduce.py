@@ -36,7 +36,7 @@ def main() -> int:
         accept(ROOT)
         return 0
     environment = pipeline_environment(ROOT)
-    if not (ROOT / "dvc.lock").is_file() or run_dvc(ROOT, environment, "status", "-q").returncode:
+    if not (ROOT / "dvc.lock").is_file() or run_dvc(ROOT, environment, "status", "--quiet", "dvc.yaml").returncode:
         print("reproduce: this checkout is not up to date; run `dvc repro` first", file=sys.stderr)
         return 2
     differences = [*rerun_differences(ROOT, environment), *reference_differences(ROOT)]

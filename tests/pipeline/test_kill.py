@@ -150,9 +150,15 @@ def test_a_second_writer_is_refused(fresh):
     assert tuple(fresh.root.glob("artifacts/residual/.*")) == ()
 
 
-def test_a_lock_left_by_a_killed_process_is_free(fresh):
-    lock = fresh.root / f".units/gptq@{EXPERT}.lock"
-    lock.parent.mkdir()
-    lock.touch()
+def test_what_a_killed_process_left_is_cleared_away(fresh):
+    folder = fresh.root / f".units/gptq@{EXPERT}"
+    out = fresh.root / OUTS["gptq"]
+    partial_unit, partial_out = folder / ".0123.4567.partial", out.with_name(f".{out.name}.tmp")
+    for leftover in (partial_unit, partial_out):
+        leftover.mkdir(parents=True)
+        (leftover / "half.safetensors").touch()
+    folder.with_name(f"{folder.name}.lock").touch()
     fresh.run("stages.gptq", "--expert", EXPERT)
     assert len(finished(fresh, "gptq")) == BLOCKS
+    assert not partial_unit.exists()
+    assert not partial_out.exists()

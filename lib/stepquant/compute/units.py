@@ -83,9 +83,10 @@ class UnitStore:
 def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
     """Build the folder `out` from units (path inside it, "" for its top -> unit) by hardlink, and small text files.
 
-    It is built under a temporary name beside `out` and renamed, so `out` is whole or absent.
+    It is built under a temporary name beside `out` and renamed, so `out` is whole or absent. Call it under the stage's lock.
     """
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    partial = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:
         partial.mkdir(parents=True)
         for place, unit in units.items():
