@@ -79,10 +79,11 @@ def prepare_torch(compute: knobs.Compute) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence the loading bars of diffusers and transformers: a stage has its own lines."""
+    """Silence the loading bars and advice of diffusers and transformers: a stage has its own lines."""
     import diffusers
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 

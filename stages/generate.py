@@ -62,7 +62,7 @@ class Sampler:
         if self.variant == "bf16":
             pipe = load_source_pipeline(resolve_source(self.manifest["source"], self.manifest["revision"]), compute.device, dtype)
         else:
-            pipe = place_pipeline(load_pipeline(artifacts.checkpoint(self.variant), torch_dtype=dtype), compute.device)
+            pipe = place_pipeline(load_pipeline(artifacts.checkpoint(self.variant), dtype=dtype), compute.device)
         set_flow_shift(pipe, self.stage["sampling"].flow_shift)
         return pipe
 

@@ -26,7 +26,7 @@ def save_expert(folder: Path, dtype: torch.dtype, seed: int = 0) -> Path:
 
 def load_expert(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     """diffusers' own way to the same denoiser."""
-    return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).eval()
+    return WanTransformer3DModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def random_calls(count: int, dtype: torch.dtype, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Timestep-aware W4A4 quantization of image-to-video diffusion transformers.
 
     import stepquant, torch
-    pipe = stepquant.load_pipeline("wan2.2-i2v-w4a4", torch_dtype=torch.bfloat16, device="cuda")
+    pipe = stepquant.load_pipeline("wan2.2-i2v-w4a4", dtype=torch.bfloat16, device="cuda")
 
 To load with diffusers alone, call `stepquant.register()` once; after it, `from_pretrained` of pipelines and
 transformers reads stepquant folders. Importing stepquant stays quick: torch and diffusers come with the first use.

@@ -49,7 +49,7 @@ def make_video(pipe, steps=3):
 
 @pytest.mark.parametrize("dtype", [torch.float32, {"default": torch.bfloat16, "vae": torch.float32}], ids=["fp32", "bf16"])
 def test_makes_a_video(checkpoint, dtype):
-    pipe = stepquant.load_pipeline(checkpoint, torch_dtype=dtype, **NO_TEXT)
+    pipe = stepquant.load_pipeline(checkpoint, dtype=dtype, **NO_TEXT)
     assert isinstance(pipe, WanImageToVideoPipeline)
     assert all(sum(isinstance(m, W4A4Linear) for m in e.modules()) == 20 for e in (pipe.transformer, pipe.transformer_2))
     linears = [expert.blocks[1].ffn.net[2] for expert in (pipe.transformer, pipe.transformer_2)]
@@ -64,14 +64,14 @@ def test_makes_a_video(checkpoint, dtype):
 def test_stock_diffusers_after_register(checkpoint):
     stepquant.register()
     stock = WanImageToVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32, **NO_TEXT)
-    ours = stepquant.load_pipeline(checkpoint, torch_dtype=torch.float32, **NO_TEXT)
+    ours = stepquant.load_pipeline(checkpoint, dtype=torch.float32, **NO_TEXT)
     assert torch.equal(make_video(stock), make_video(ours))
 
 
 def test_pipeline_save_pretrained_round_trip(checkpoint, tmp_path):
-    first = stepquant.load_pipeline(checkpoint, torch_dtype=torch.float32, **NO_TEXT)
+    first = stepquant.load_pipeline(checkpoint, dtype=torch.float32, **NO_TEXT)
     first.save_pretrained(tmp_path)
-    second = stepquant.load_pipeline(tmp_path, torch_dtype=torch.float32, **NO_TEXT)
+    second = stepquant.load_pipeline(tmp_path, dtype=torch.float32, **NO_TEXT)
     # Tensors, not videos: they lie at other offsets in the new files, and CPU kernels round differently by alignment.
     for name in ("transformer", "transformer_2", "vae"):
         before, after = getattr(first, name).state_dict(), getattr(second, name).state_dict()
@@ -88,21 +88,21 @@ def test_damaged_checkpoint(checkpoint, tmp_path):
     shard = folder / "transformer_2" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match="00002-of-00003.safetensors: truncated"):
-        stepquant.load_pipeline(folder, torch_dtype=torch.float32, **NO_TEXT)
+        stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
     shard.unlink()
     with pytest.raises(UserError, match="names the shard .*00002-of-00003.safetensors', which is no file"):
-        stepquant.load_pipeline(folder, torch_dtype=torch.float32, **NO_TEXT)
+        stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
 
 
 def test_unquantized_pipeline(source):
-    pipe = stepquant.load_pipeline(source, torch_dtype=torch.float32, **NO_TEXT)
+    pipe = stepquant.load_pipeline(source, dtype=torch.float32, **NO_TEXT)
     assert not any(isinstance(m, W4A4Linear) for m in pipe.transformer.modules())
     assert make_video(pipe).isfinite().all()
 
 
 def test_folder_that_is_no_pipeline(source):
     with pytest.raises(UserError, match="no model_index.json; expected a diffusers pipeline folder"):
-        stepquant.load_pipeline(source / "transformer", torch_dtype=torch.float32)
+        stepquant.load_pipeline(source / "transformer", dtype=torch.float32)
 
 
 def test_importing_stepquant_is_light():

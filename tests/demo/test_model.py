@@ -18,7 +18,7 @@ def model_folder(data_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(model_folder: Path) -> WanImageToVideoPipeline:
-    return WanImageToVideoPipeline.from_pretrained(model_folder, torch_dtype=torch.bfloat16, local_files_only=True)
+    return WanImageToVideoPipeline.from_pretrained(model_folder, dtype=torch.bfloat16, local_files_only=True)
 
 
 def test_two_experts_of_the_right_shape(pipeline: WanImageToVideoPipeline):

@@ -121,7 +121,7 @@ def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     _check_components(folder)
     from diffusers import WanImageToVideoPipeline
 
-    pipe = WanImageToVideoPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return place_pipeline(pipe, device)
 
 
