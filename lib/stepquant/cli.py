@@ -90,3 +90,6 @@ def _described(file: Path, name: str) -> Callable[[], None]:
 
 
 _add_stages()
+
+if __name__ == "__main__":
+    app()
