@@ -68,12 +68,18 @@ def measure(clip: np.ndarray, row: dict, image: np.ndarray, clips: ClipSettings)
     )
 
 
-def summarise(measured: list[Measured]) -> dict[str, float]:
-    """Shares and the mean, lowest and middle PSNR over clips."""
-    first = [one.first_frame for one in measured]
+def shares(measured: list[Measured]) -> dict[str, float]:
+    """How many of the clips move as their prompts say."""
     return {
         "direction_share": float(np.mean([one.direction for one in measured])),
         "camera_share": float(np.mean([one.camera for one in measured])),
+    }
+
+
+def first_frames(measured: list[Measured]) -> dict[str, float]:
+    """Mean, middle and lowest PSNR of frame 0 over clips."""
+    first = [one.first_frame for one in measured]
+    return {
         "first_frame_psnr_mean": float(np.mean(first)),
         "first_frame_psnr_median": float(np.median(first)),
         "first_frame_psnr_lowest": float(np.min(first)),
@@ -125,9 +131,12 @@ def main(params: Path, assets: Path, evaluation: Path, model: Path, out: Path, s
     seconds = (time.monotonic() - started) / len(rows)
     true = [render_clip(spec, pictures, clips) for spec in specs]
     pairs = list(zip(rows, images, strict=True))
+    measured, truth = (
+        [measure(clip, *pair, clips) for clip, pair in zip(videos, pairs, strict=True)] for videos in (generated, true)
+    )
     scores = {
-        "generated": summarise([measure(clip, *pair, clips) for clip, pair in zip(generated, pairs, strict=True)]),
-        "true_clips": summarise([measure(clip, *pair, clips) for clip, pair in zip(true, pairs, strict=True)]),
+        "generated": shares(measured) | first_frames(measured),
+        "true_clips": shares(truth),
         "autoencoder": reconstruction(pipeline, pictures, clips, settings),
         "seconds_per_clip": seconds,
     }
