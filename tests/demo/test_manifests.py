@@ -29,7 +29,7 @@ def test_rows_are_complete_and_images_are_there(folder: Path):
     rows = read(folder)
     assert len({row["id"] for row in rows}) == len(rows)
     for row in rows:
-        assert REQUIRED <= row.keys()
+        assert row.keys() >= REQUIRED
         assert re.fullmatch("[A-Za-z0-9_]+", row["id"])
         assert row["image"] == f"images/{row['id']}.png"
         with Image.open(folder / row["image"]) as image:

@@ -121,7 +121,8 @@ def load_assets(path: Path) -> Assets:
     """Reads an assets file back."""
     with safe_open(path, framework="numpy") as file:
         splits = json.loads(file.metadata()["splits"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     return Assets(
         sprites={key.removeprefix("sprite/"): value for key, value in tensors.items() if key.startswith("sprite/")},
         photos={key.removeprefix("photo/"): value for key, value in tensors.items() if key.startswith("photo/")},

@@ -86,7 +86,8 @@ class Run:
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     """All tensors of a checkpoint and its number of finished steps."""
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, int(file.metadata()["step"])
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, int(file.metadata()["step"])
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
