@@ -53,7 +53,7 @@ class Workspace:
         """Run `python -m COMMAND...` here to its end, and give its output."""
         process = self.start(*command)
         output = process.communicate()[0]
-        assert process.returncode == code, output
+        assert process.returncode == code, f"exit code {process.returncode}\n{output}"
         return output
 
     def hashes(self) -> dict[str, str]:
