@@ -49,12 +49,13 @@ def main() -> int:
 
 def rerun_differences(root: Path, environment: dict[str, str]) -> list[str]:
     """Run every stage in a copy, and name the outs whose hashes differ."""
+    first = lock_hashes(root / "dvc.lock")
     with tempfile.TemporaryDirectory(prefix="stepquant-reproduce-") as folder:
         copy = Path(folder) / "checkout"
         copy_sources(root, copy)
         if run_dvc(copy, pipeline_environment(copy) | {"DVC_SITE_CACHE_DIR": f"{folder}/site"}, "repro").returncode:
             return ["dvc repro failed in a copy of the checkout; its output says where"]
-        first, second = lock_hashes(root / "dvc.lock"), lock_hashes(copy / "dvc.lock")
+        second = lock_hashes(copy / "dvc.lock")
     return list(hash_differences(first, second))
 
 
