@@ -22,6 +22,7 @@ from stepquant.report.plots import ClipRatio
 
 READS = tuple(SECTIONS)
 GALLERY_ROWS = 6
+PREVIEW_ROWS = 3
 PREVIEW_WIDTH = 128
 
 
@@ -44,8 +45,8 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
             partial, records, gallery, fps, stage["report"].title, manifest["source"],
             read_params(params), clip_ratios(manifest),
         )
-        row = gallery[0]
-        write_preview(partial / "preview.gif", [row.videos[v] for v in variants], variants, fps, PREVIEW_WIDTH)
+        columns = [np.concatenate([row.videos[variant] for row in gallery[:PREVIEW_ROWS]], axis=1) for variant in variants]
+        write_preview(partial / "preview.gif", columns, variants, fps, PREVIEW_WIDTH)
         shutil.rmtree(artifacts.REPORT, ignore_errors=True)
         partial.rename(artifacts.REPORT)
         write_text(artifacts.HEADLINES, to_json({record.variant: headline(record) for record in records}))
