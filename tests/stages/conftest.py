@@ -28,7 +28,7 @@ PARAMS = {
         "height": 32, "width": 32, "num_frames": 5, "steps": 3, "flow_shift": 4.0, "max_sequence_length": 16,
         "guidance_scale": 1.0, "guidance_scale_2": 1.0,
     },
-    "trajectories": {"manifest": MANIFEST},
+    "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": 1, "low_noise": 1},
     "capture": {"search_tokens": 16, "heldout_tokens": 16},
     "lowrank": {"rank": 8},
