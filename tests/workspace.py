@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_MODEL = "data/models/wan22-mini"
 TINY_MODEL = "data/models/tiny"
 BLOCKS = 2
+LONGEST = 900  # seconds until a command that hangs fails its test, rather than the whole CI run
 # What is smaller than in the demo profile. Four steps put one recorded t into each bin: 1000 | 937, then 833 | 625.
 TINY = {
     "compute": {"threads": 1},
@@ -42,7 +43,9 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        return pipeline_environment(self.root) | {"DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
+        # /bin/sh is what DVC takes where SHELL is not set, as in most CI, and often the shell that keeps to POSIX most strictly.
+        own = {"SHELL": "/bin/sh", "DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
+        return pipeline_environment(self.root) | own
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start `python -m COMMAND...` here; both output streams come as one text."""
@@ -52,7 +55,7 @@ class Workspace:
     def run(self, *command: str, code: int = 0) -> str:
         """Run `python -m COMMAND...` here to its end, and give its output."""
         process = self.start(*command)
-        output = process.communicate()[0]
+        output = process.communicate(timeout=LONGEST)[0]
         assert process.returncode == code, f"exit code {process.returncode}\n{output}"
         return output
 

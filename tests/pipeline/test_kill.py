@@ -54,7 +54,7 @@ def stage_process(parent: subprocess.Popen) -> psutil.Process | None:
 @contextmanager
 def stopped_after_one_block(workspace: Workspace, stage: str, *command: str) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
     """Start a command that runs a stage, and stop the stage's process when its first block is done; leaves nothing running."""
-    parent = workspace.start(*command)
+    parent, process = workspace.start(*command), None
     try:
         wait_for(lambda: stage_process(parent) is not None or parent.poll() is not None)
         assert parent.poll() is None, parent.stdout.read()
@@ -66,9 +66,12 @@ def stopped_after_one_block(workspace: Workspace, stage: str, *command: str) -> 
         assert len(finished(workspace, stage)) < BLOCKS, "the stage was quicker than its test"
         yield parent, process
     finally:
-        for leftover in [*psutil.Process(parent.pid).children(recursive=True), parent] if parent.poll() is None else []:
-            leftover.kill()
-        parent.communicate()
+        if parent.poll() is None:
+            for leftover in [*psutil.Process(parent.pid).children(recursive=True), parent]:
+                leftover.kill()
+        elif process is not None and process.is_running():  # a stage that outlived its parent holds the pipe open
+            process.kill()
+        parent.communicate(timeout=DEADLINE)
 
 
 def gone(process: psutil.Process) -> bool:
