@@ -7,7 +7,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stages import artifacts
-from stages.common import Stage, dtype_of, read_json, to_json
+from stages.common import Stage, read_json, to_json
+from stages.expert import check_expert, open_expert
 from stepquant.calibration.activations import Activations, block_name, read_activations, site_folder
 from stepquant.compute.progress import track
 from stepquant.compute.units import gather
@@ -24,7 +25,7 @@ from stepquant.errors import UserError
 from stepquant.formats import Scales, get_format, unpack_nibbles
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
-from stepquant.models.source import expert_digest, resolve_source
+from stepquant.models.source import expert_digest
 from stepquant.quantize.layer import LayerFactors, Precision
 
 Factors = dict[str, torch.Tensor]
@@ -67,10 +68,10 @@ def run_blocks(
     manifest = read_json(artifacts.MODEL)
     check_expert(manifest, expert)
     digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
-    opened = _Opened(manifest, expert, stage)
+    model = cache(lambda: open_expert(manifest, expert, stage["compute"]))  # not opened at all when every unit is there
 
     def make(index: int, folder: Path) -> None:
-        block = Block(index, opened.model, sources)
+        block = Block(index, model(), sources)
         results = {site.name: work(block, site) for site in WAN_SITES}
         tensors = {f"{name}.{key}": t.cpu().contiguous() for name, (factors, _) in results.items() for key, t in factors.items()}
         save_file(tensors, folder / "factors.safetensors")
@@ -82,23 +83,6 @@ def run_blocks(
         key = stage.key(block=index, model=expert_digest(manifest, expert), **{source: found[name] for source, found in digests.items()})
         units[name] = stage.units.make(key, lambda folder: make(index, folder))
     gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
-
-
-class _Opened:
-    """The expert's weights, opened when the first unit has to be made."""
-
-    def __init__(self, manifest: dict[str, Any], expert: str, stage: Stage):
-        self._manifest, self._expert, self._compute = manifest, expert, stage["compute"]
-
-    @cached_property
-    def model(self) -> Denoiser:
-        folder = resolve_source(self._manifest["source"], self._manifest["revision"])
-        return Denoiser(folder / self._manifest["experts"][self._expert]["subfolder"], self._compute.device, dtype_of(self._compute.dtype))
-
-
-def check_expert(manifest: dict[str, Any], expert: str) -> None:
-    if expert not in manifest["experts"]:
-        raise UserError(f"--expert {expert}: this model has {', '.join(manifest['experts'])}")
 
 
 def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import artifacts
-from stages.common import Expert, ParamsFile, Stage, dtype_of, open_stage, read_json, to_json
+from stages.common import Expert, ParamsFile, Stage, open_stage, read_json, to_json
+from stages.expert import check_expert, open_expert
 from stepquant.calibration.activations import block_name
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.capture import replay_block
@@ -26,7 +27,7 @@ from stepquant.errors import UserError
 from stepquant.models.bins import Bins, make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
 from stepquant.models.sites import WAN_SITES, Site
-from stepquant.models.source import expert_digest, resolve_source
+from stepquant.models.source import expert_digest
 
 READS = ("compute", "bins", "capture")
 
@@ -40,10 +41,11 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
         manifest = read_json(artifacts.MODEL)
+        check_expert(manifest, expert)
         replay = Replay(stage, manifest, expert)
         units = {block_name(i): replay.statistics(i) for i in track(range(manifest["experts"][expert]["blocks"]), f"capture@{expert}")}
-        manifest = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
-        texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(manifest)}
+        contents = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
+        texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(contents)}
         gather(units, artifacts.activations(expert), texts)
 
 
@@ -51,8 +53,6 @@ class Replay:
     """The calls of one expert on their way through its blocks."""
 
     def __init__(self, stage: Stage, manifest: dict[str, Any], expert: str):
-        if expert not in manifest["experts"]:
-            raise UserError(f"--expert {expert}: the model has {', '.join(manifest['experts'])}")
         self.stage = stage
         self.expert = expert
         self.manifest = manifest
@@ -118,9 +118,7 @@ class Replay:
 
     @cached_property
     def model(self) -> Denoiser:
-        compute = self.stage["compute"]
-        folder = resolve_source(self.manifest["source"], self.manifest["revision"])
-        return Denoiser(folder / self.manifest["experts"][self.expert]["subfolder"], compute.device, dtype_of(compute.dtype))
+        return open_expert(self.manifest, self.expert, self.stage["compute"])
 
     @cached_property
     def prologue(self) -> torch.nn.Module:

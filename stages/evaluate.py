@@ -12,20 +12,19 @@ import numpy as np
 import torch
 
 from stages import artifacts
-from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json
+from stages.common import ParamsFile, Stage, Variant, open_stage, read_json
+from stages.expert import open_expert
 from stepquant.calibration.activations import read_activations, site_folder
 from stepquant.calibration.prompts import Prompt, evaluation_prompts
 from stepquant.checkpoint.linears import read_linear, read_settings
-from stepquant.checkpoint.reader import open_weights
 from stepquant.commands import command, main
 from stepquant.compute.progress import track
 from stepquant.evaluate.layers import LayerError
 from stepquant.evaluate.records import FormatPair, Record, VideoMetrics, measure_video, memory, summarize_layers, summarize_videos, write_record
 from stepquant.evaluate.summary import Bootstrap
 from stepquant.evaluate.video import read_video
-from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
-from stepquant.models.source import resolve_source
+from stepquant.models.weights import open_weights
 from stepquant.quantize.layer import relative_error
 
 READS = ("compute", "generate", "evaluate")
@@ -71,9 +70,8 @@ def measure_videos(prompts: list[Prompt], variant: str, reference: str | None) -
 def layer_errors(stage: Stage, manifest: dict[str, Any], variant: str) -> Iterator[LayerError]:
     """The held-out error of every site of every block, per bin."""
     compute = stage["compute"]
-    source = resolve_source(manifest["source"], manifest["revision"])
     for expert, described in manifest["experts"].items():
-        model = Denoiser(source / described["subfolder"], compute.device, dtype_of(compute.dtype))
+        model = open_expert(manifest, expert, compute)
         packed = PackedExpert(artifacts.checkpoint(variant) / described["subfolder"], compute.device)
         for index in track(range(described["blocks"]), f"evaluate@{variant} {expert}"):
             for site in WAN_SITES:

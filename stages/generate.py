@@ -1,12 +1,14 @@
 """generate@V: the same prompts, images and initial noise for every variant."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages import artifacts
-from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, quiet_libraries, read_json, to_json
+from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json, to_json
+from stages.pipeline import ready_to_sample, source_pipeline
 from stepquant.calibration.prompts import Prompt, evaluation_prompts
 from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.commands import command, main
@@ -14,8 +16,8 @@ from stepquant.compute.progress import track
 from stepquant.compute.units import file_digests, gather
 from stepquant.errors import UserError
 from stepquant.evaluate.video import write_video
-from stepquant.models.sampling import sample, set_flow_shift
-from stepquant.models.source import load_source_pipeline, place_pipeline, resolve_source
+from stepquant.models.sampling import sample
+from stepquant.models.source import place_pipeline
 
 READS = ("compute", "sampling", "generate")
 
@@ -46,25 +48,20 @@ class Sampler:
         if variant != "bf16" and not artifacts.checkpoint(variant).is_dir():
             raise UserError(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
         self.weights = self.manifest["files"] if variant == "bf16" else file_digests(artifacts.checkpoint(variant))
-        self._pipe: Any = None
 
     def write(self, prompt: Prompt, folder: Path) -> None:
         """Sample one prompt; frames [F, 3, H, W] in 0..1 become the file's uint8 [F, H, W, 3]."""
-        self._pipe = self._pipe or self._load()
-        frames = sample(self._pipe, self.stage["sampling"], prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "pt")
+        frames = sample(self.pipe, self.stage["sampling"], prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "pt")
         pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
         write_video(folder / "video.mp4", pixels.permute(0, 2, 3, 1).cpu().numpy(), self.stage["generate"].fps)
 
-    def _load(self) -> Any:
-        quiet_libraries()
-        compute = self.stage["compute"]
-        dtype = dtype_of(compute.dtype)
+    @cached_property
+    def pipe(self) -> Any:
+        compute, sampling = self.stage["compute"], self.stage["sampling"]
         if self.variant == "bf16":
-            pipe = load_source_pipeline(resolve_source(self.manifest["source"], self.manifest["revision"]), compute.device, dtype)
-        else:
-            pipe = place_pipeline(load_pipeline(artifacts.checkpoint(self.variant), dtype=dtype), compute.device)
-        set_flow_shift(pipe, self.stage["sampling"].flow_shift)
-        return pipe
+            return source_pipeline(self.manifest, compute, sampling)
+        packed = artifacts.checkpoint(self.variant)
+        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=dtype_of(compute.dtype)), compute.device), sampling)
 
 
 if __name__ == "__main__":

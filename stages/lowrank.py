@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from stages import artifacts
-from stages.blocks import Block, Factors, Record, check_expert, check_shapes, precision_of, run_blocks
+from stages.blocks import Block, Factors, Record, check_shapes, precision_of, run_blocks
 from stages.common import Expert, ParamsFile, Stage, open_stage, read_json
+from stages.expert import check_expert
 from stepquant.commands import command, main
 from stepquant.models.sites import Site
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch

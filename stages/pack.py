@@ -20,7 +20,8 @@ import torch
 
 from stages import artifacts
 from stages.blocks import Block, check_shapes, precision_of, site_layer
-from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json
+from stages.common import ParamsFile, Stage, Variant, open_stage, read_json
+from stages.expert import open_expert
 from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import PackedLinear, pack_linear
 from stepquant.checkpoint.writer import write_checkpoint
@@ -28,7 +29,6 @@ from stepquant.commands import command, main
 from stepquant.compute.progress import track
 from stepquant.errors import UserError
 from stepquant.formats import Scales
-from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.layer import LayerFactors
@@ -69,7 +69,7 @@ def pack(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, variant=variant) as stage:
         manifest = read_json(artifacts.MODEL)
         source = resolve_source(manifest["source"], manifest["revision"])
-        packers = [Packer(RECIPES[variant], stage, manifest, source, expert) for expert in manifest["experts"]]
+        packers = [Packer(RECIPES[variant], stage, manifest, expert) for expert in manifest["experts"]]
         if artifacts.checkpoint(variant).exists():
             shutil.rmtree(artifacts.checkpoint(variant))
         write_checkpoint(source, artifacts.checkpoint(variant), {p.subfolder: (p.settings(), p.blocks()) for p in packers})
@@ -78,13 +78,13 @@ def pack(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None:
 class Packer:
     """One expert on its way into a checkpoint, block by block."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, manifest: dict[str, Any], source: Path, expert: str):
-        formats, compute = stage["format"], stage["compute"]
+    def __init__(self, recipe: Recipe, stage: Stage, manifest: dict[str, Any], expert: str):
+        formats = stage["format"]
         self.recipe, self.expert = recipe, expert
         self.described = manifest["experts"][expert]
         self.subfolder = self.described["subfolder"]
         self.precision = precision_of(formats)
-        self.model = Denoiser(source / self.subfolder, compute.device, dtype_of(compute.dtype))
+        self.model = open_expert(manifest, expert, stage["compute"])
         self.folders = {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert), "clip": artifacts.clip(expert)}
         self.rank = self._block(0).factor("lowrank", "attn1.qkv.proj_down").shape[1] if recipe.branch else 0
         check_shapes(manifest, expert, formats, self.rank)

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 
 from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import pack_linear
-from stepquant.checkpoint.reader import open_weights
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import WAN_SITES
+from stepquant.models.weights import open_weights
 
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)

@@ -6,9 +6,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.checkpoint.reader import open_weights
 from stepquant.checkpoint.writer import write_expert
 from stepquant.errors import UserError
+from stepquant.models.weights import open_weights
 from stepquant.runtime.linear import W4A4Linear
 
 FORMATS = ("int4", "mxfp4", "nvfp4")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepquant.checkpoint.reader import open_weights
 from stepquant.checkpoint.writer import write_checkpoint, write_expert
 from stepquant.errors import UserError
+from stepquant.models.weights import open_weights
 
 
 def files_of(folder):

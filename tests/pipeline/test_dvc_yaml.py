@@ -72,7 +72,7 @@ def alone(workspace, tmp_path_factory) -> Path:
     for name, stage in STAGES.items():
         folder = root / name
         lay_out(workspace, stage, folder)
-        calls[name] = {"folder": os.fspath(folder), "command": stage.cmd.split()[2:]}
+        calls[name] = {"folder": os.fspath(folder), "command": stage.cmd.split()[3:]}
     (root / "calls.json").write_text(json.dumps(calls))
     script = [sys.executable, os.fspath(ROOT / "tests/pipeline/alone.py"), os.fspath(root / "calls.json")]
     path = os.pathsep.join([os.fspath(workspace.root / "lib"), os.fspath(workspace.root)])

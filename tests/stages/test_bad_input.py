@@ -73,7 +73,7 @@ def test_a_missing_parameter(folder, refused):
 
 
 def test_an_expert_or_a_variant_that_is_not_there(refused):
-    assert refused("capture", "--expert", "hgih_noise") == "--expert hgih_noise: the model has high_noise, low_noise"
+    assert refused("capture", "--expert", "hgih_noise") == "--expert hgih_noise: this model has high_noise, low_noise"
     assert refused("pack", "--variant", "fulll") == "--variant fulll; allowed: w4a16, rtn, svdquant, svdquant_gptq, one_clip, full"
 
 

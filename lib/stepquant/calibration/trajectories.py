@@ -97,10 +97,11 @@ class Trajectories:
 
     def inputs(self, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [B, C + P, F, H, W], timestep [B] and encoder_hidden_states [B, L, text_dim] of some calls."""
+        conditions = {prompt: read_tensor(self._groups[prompt], "condition") for prompt in {call.prompt for call in calls}}
         hidden, text = [], []
         for call in calls:
             group = self._groups[call.prompt]
             latents = read_tensor(group, "latents", call.step)
-            hidden.append(torch.cat([latents, read_tensor(group, "condition")]))
+            hidden.append(torch.cat([latents, conditions[call.prompt]]))
             text.append(read_tensor(group, "embeddings", call.branch))
         return torch.stack(hidden), torch.tensor([call.t for call in calls]), torch.stack(text)

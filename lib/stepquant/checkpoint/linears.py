@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
-from stepquant.checkpoint.reader import Weights
 from stepquant.errors import UserError
+from stepquant.models.weights import Weights
 from stepquant.runtime.linear import W4A4Linear
 
 

@@ -7,8 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepquant.checkpoint.quantizer import register
-from stepquant.checkpoint.reader import open_weights
 from stepquant.errors import UserError
+from stepquant.models.weights import open_weights
 
 
 def load_pipeline(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import PackedLinear
-from stepquant.checkpoint.reader import PICKLE_SUFFIXES, Weights, open_weights
 from stepquant.errors import UserError
+from stepquant.models.weights import PICKLE_SUFFIXES, Weights, open_weights
 
 STEM = "diffusion_pytorch_model"
 

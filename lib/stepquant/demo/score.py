@@ -21,6 +21,8 @@ from stepquant.demo.motion import camera_of, direction_of, track
 from stepquant.demo.settings import ClipSettings, ManifestSettings, ScoreSettings, load_section
 from stepquant.demo.sprites import Assets, load_assets
 from stepquant.demo.vae_training import psnr, to_pixels
+from stepquant.models.sampling import sample
+from stepquant.params import Sampling
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,17 @@ def decibels(image: np.ndarray, reference: np.ndarray) -> float:
 
 def generate(pipeline: WanImageToVideoPipeline, row: dict, image: Image.Image, settings: ScoreSettings) -> np.ndarray:
     """Samples the clip of one manifest row: (T, H, W, 3) uint8."""
-    video = pipeline(
-        image=image,
-        prompt=row["prompt"],
-        negative_prompt=row["negative_prompt"],
+    sampling = Sampling(
         height=image.height,
         width=image.width,
         num_frames=settings.frames,
-        num_inference_steps=settings.steps,
+        steps=settings.steps,
+        flow_shift=pipeline.scheduler.config.flow_shift,
         guidance_scale=settings.guidance_scale,
         guidance_scale_2=settings.guidance_scale_2,
-        generator=torch.Generator().manual_seed(row["seed"]),
         max_sequence_length=settings.text_tokens,
-        output_type="np",
-    ).frames[0]
+    )
+    video = sample(pipeline, sampling, row["prompt"], row["negative_prompt"], image, row["seed"], "np")
     return np.rint(video * 255).clip(0, 255).astype(np.uint8)
 
 

@@ -70,6 +70,14 @@ class Format(ABC):
         values = self._from_codes(self._grouped(codes))
         return values.mul_(self._step(scales)).flatten(-2)
 
+    def encode_each(self, x: Tensor, scales: Scales) -> Tensor:
+        """Codes of x (float32, any shape) with one group scale per value, in x's shape: for rounding column by column."""
+        return self._to_codes(self._divide(x.unsqueeze(-1), scales)).squeeze(-1)
+
+    def decode_each(self, codes: Tensor, scales: Scales) -> Tensor:
+        """float32 values of codes (any shape) with one group scale per value."""
+        return self._from_codes(codes).mul_(self._step(scales).squeeze(-1))
+
     def fake_quantize(
         self,
         x: Tensor,

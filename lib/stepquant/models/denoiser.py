@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.checkpoint.reader import Weights, open_weights
 from stepquant.errors import UserError
+from stepquant.models.weights import Weights, open_weights
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ class Denoiser:
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel
-
-    @property
-    def block_count(self) -> int:
-        return self.config["num_layers"]
 
     def prologue(self) -> nn.Module:
         """The denoiser without its blocks; give its calls to `block_inputs`."""

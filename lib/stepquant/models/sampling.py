@@ -18,7 +18,7 @@ def set_flow_shift(pipe: Any, flow_shift: float) -> None:
 def sample(
     pipe: Any, sampling: Sampling, prompt: str, negative_prompt: str, image: Image.Image, seed: int, output_type: str
 ) -> torch.Tensor:
-    """Run the pipeline once. output_type as in diffusers: "pt" gives frames [F, 3, H, W] in 0..1, "latent" latents.
+    """Run the pipeline once. output_type as in diffusers: "pt" gives frames [F, 3, H, W] in 0..1, "np" [F, H, W, 3], "latent" latents.
 
     The noise is drawn on the CPU, so it does not depend on the device.
     """

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from stepquant.checkpoint.reader import open_weights
 from stepquant.compute.units import file_digests
 from stepquant.errors import UserError
 from stepquant.models.sites import WAN_SITES
+from stepquant.models.weights import open_weights
 
 # Which expert of the pipeline lies in which subfolder: above the boundary `transformer` works, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}

@@ -73,9 +73,8 @@ def _round_block(columns: Tensor, U: Tensor, scales: Scales, fmt: Format) -> tup
     codes, E = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     for i, w in enumerate(columns):
         scale = Scales(scales.group[i], scales.tensor)
-        code = fmt._to_codes(fmt._divide(w[:, None], scale))  # each row is a group of one
-        codes[i] = code[:, 0]
-        E[i] = (w - (fmt._from_codes(code) * fmt._step(scale))[:, 0]) / U[i, i]
+        codes[i] = fmt.encode_each(w, scale)
+        E[i] = (w - fmt.decode_each(codes[i], scale)) / U[i, i]
         columns[i + 1 :] -= U[i, i + 1 :, None] * E[i]
     return codes, E
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stepquant.checkpoint.reader import open_weights, read_header
 from stepquant.errors import UserError
+from stepquant.models.weights import open_weights, read_header
 
 
 @pytest.fixture
