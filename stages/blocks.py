@@ -5,7 +5,7 @@
     artifacts/<stage>/<expert>/<block>/record.json      what was chosen, per site
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import expert_digest
 from stepquant.quantize.layer import LayerFactors, Precision
+from stepquant.quantize.transform import InputTransform
 
 Factors = dict[str, torch.Tensor]
 Record = dict[str, Any]
@@ -85,8 +86,8 @@ def run_blocks(
     gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
 
 
-def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int) -> None:
-    """Refuse a format whose group does not divide a site's channels, or a rank larger than a site's weight, before any work."""
+def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int, rotations: Sequence[int] = ()) -> None:
+    """Refuse, before any work, a format or rotation that does not divide a site's channels, or a rank larger than its weight."""
     for name, site in manifest["experts"][expert]["sites"].items():
         where = f"{expert} {name}"
         rows = sum(shape[0] for shape in site["linears"].values())
@@ -95,6 +96,8 @@ def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int)
             fmt = get_format(getattr(formats, kind))
             if columns % fmt.group:
                 raise UserError(f"format.{kind}: {fmt.name} has groups of {fmt.group}, which do not divide the {columns} channels of {where}")
+        if wrong := [block for block in rotations if block and columns % block]:
+            raise UserError(f"rotate.blocks: {wrong[0]} does not divide the {columns} channels of {where}; allowed: 0, or a power of two that does")
         if rank > min(rows, columns):
             raise UserError(f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
 
@@ -104,9 +107,21 @@ def precision_of(formats: Any) -> Precision:
     return Precision(get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation)
 
 
+def site_transform(block: Block, site: Site) -> InputTransform:
+    """What stage lowrank chose to do to the site's input."""
+    smooth, mean, rotation = (block.factor("lowrank", f"{site.name}.{name}") for name in ("smooth", "mean", "rotation"))
+    return InputTransform(smooth, mean, int(rotation))
+
+
+def site_branch(block: Block, site: Site, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """proj_down [K, R] and proj_up [N, R]: as stage "lowrank" factored it, or as refitted to the codes of "residual"."""
+    return block.factor(stage, f"{site.name}.proj_down"), block.factor(stage, f"{site.name}.proj_up")
+
+
 def site_layer(block: Block, site: Site, precision: Precision) -> LayerFactors:
     """The site's final weights as the numerics take them."""
-    smooth, proj_down, proj_up = (block.factor("lowrank", f"{site.name}.{name}") for name in ("smooth", "proj_down", "proj_up"))
+    transform, branch = site_transform(block, site), site_branch(block, site, "residual")
+    codes = unpack_nibbles(block.factor("residual", f"{site.name}.codes"))
     tensor = block.factor("residual", f"{site.name}.tensor_scale") if precision.weight.name == "nvfp4" else None
     scales = Scales(block.factor("residual", f"{site.name}.scales"), tensor)
-    return LayerFactors(unpack_nibbles(block.factor("residual", f"{site.name}.codes")), scales, smooth, proj_down, proj_up, precision)
+    return LayerFactors(codes, scales, transform, *branch, transform.offset(block.weight(site), *branch), precision)

@@ -77,8 +77,9 @@ def layer_errors(stage: Stage, manifest: dict[str, Any], variant: str) -> Iterat
             for site in WAN_SITES:
                 heldout = read_activations(site_folder(artifacts.activations(expert), index, site.name), compute.device).heldout
                 W = torch.cat([model.linear_weight(index, linear) for linear in site.linears])
+                bias = torch.cat([model.linear_bias(index, linear) for linear in site.linears]).float()
                 for b, x in enumerate(heldout):
-                    error = relative_error(packed.output(index, site, x, b), x @ W.T).item()
+                    error = relative_error(packed.output(index, site, x, b) - bias, x @ W.T).item()
                     yield LayerError(expert, index, site.name, b if site.depends_on_timestep else None, error)
 
 
@@ -89,7 +90,7 @@ class PackedExpert:
         self.weights, self.settings, self.device = open_weights(folder), read_settings(folder), device
 
     def output(self, index: int, site: Site, x: torch.Tensor, timestep_bin: int) -> torch.Tensor:
-        """Stacked output [T, N] of a site's linears for x [T, K], without bias, under the clip of a bin."""
+        """Stacked output [T, N] of a site's linears for x [T, K] under the clip of a bin."""
         outputs = []
         for path in site.linears:
             target = f"blocks.{index}.{path}"
@@ -97,7 +98,7 @@ class PackedExpert:
             linear = read_linear(self.weights, self.settings, target, N, K, self.device)
             # A variant without a clip search was packed with one bin over the whole range.
             linear.bin.fill_(min(timestep_bin, self.settings.bins - 1))
-            outputs.append(linear(x) - (0 if linear.bias is None else linear.bias))
+            outputs.append(linear(x))
         return torch.cat(outputs, dim=1)
 
 

@@ -1,49 +1,84 @@
-"""gptq@E: round what the branch left over with GPTQ, against the second moments of the smoothed input."""
+"""gptq@E: round what the branch left with GPTQ, and fit the branch to what rounding lost, in turn."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
-from stages import artifacts
-from stages.blocks import Block, Factors, Record, precision_of, run_blocks
-from stages.common import Expert, ParamsFile, Stage, open_stage
-from stepquant.commands import command, main
-from stepquant.formats import pack_nibbles, weight_scales
-from stepquant.models.sites import Site
-from stepquant.quantize.gptq import gptq as round_weight
-from stepquant.quantize.lowrank import residual
+import torch
 
-READS = ("compute", "format", "gptq")
+from stages import artifacts
+from stages.blocks import Block, Factors, Record, precision_of, run_blocks, site_branch, site_transform
+from stages.common import Expert, ParamsFile, Stage, open_stage
+from stepquant.calibration.activations import site_folder, tokens_per_column
+from stepquant.commands import command, main
+from stepquant.formats import Scales, pack_nibbles, weight_scales
+from stepquant.models.sites import WAN_SITES, Site
+from stepquant.quantize.gptq import inverse_factor
+from stepquant.quantize.layer import LayerFactors, Precision
+from stepquant.quantize.refine import refit_branch, rounded_by_gptq
+from stepquant.quantize.scales import scales_by_error
+from stepquant.quantize.transform import centred_moments
+
+READS = ("compute", "format", "lowrank", "gptq")
+FEW_TOKENS = 4  # per column
 
 
 @command
 def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Round the residual of each site to 4 bits with GPTQ.
+    """Round the residual of each site to 4 bits with GPTQ, and refit the branch to what that lost.
 
-    Reads the params sections compute, format and gptq (with this expert's overrides), artifacts/model,
+    Reads the params sections compute, format, lowrank and gptq (with this expert's overrides), artifacts/model,
     artifacts/activations/EXPERT.zarr and artifacts/lowrank/EXPERT/. Writes artifacts/residual/EXPERT/.
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
+        for site in WAN_SITES:
+            warn_of_few_tokens(expert, site)
         run_blocks(stage, expert, sources, artifacts.residual(expert), lambda block, site: round_site(stage, expert, block, site))
 
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:
-    """Packed codes [N, K/2] and scales of one site's residual."""
+    """Packed codes [N, K/2] and scales of one site's residual, and the branch that goes with them."""
     settings, precision = stage["gptq"], precision_of(stage["format"])
-    smooth, proj_down, proj_up = (block.factor("lowrank", f"{site.name}.{name}") for name in ("smooth", "proj_down", "proj_up"))
-    R = residual(block.weight(site), smooth, proj_down, proj_up)
-    s = smooth.float()
-    # The 4-bit weight meets x/s, so its second moments are those of x, scaled on both sides.
-    H = block.activations(site).second_moment / s[:, None] / s
-    scales = weight_scales(precision.weight, R, rounding=precision.weight_rounding)
-    result = round_weight(R, H, scales, precision.weight, damping=settings.damping, act_order=settings.act_order, block_size=settings.block_size)
-    if result.retries:
+    W, activations, transform = block.weight(site), block.activations(site), site_transform(block, site)
+    H = centred_moments(activations.second_moment, activations.mean, transform.mean)
+    factor = inverse_factor(transform.moments(H), damping=settings.damping, act_order=settings.act_order)
+    if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"
-        print(f"{where}: Cholesky failed {result.retries} times; damping raised to {result.damping:g}", file=sys.stderr)
-    factors = {"codes": pack_nibbles(result.codes), "scales": scales.group}
-    if scales.tensor is not None:
-        factors["tensor_scale"] = scales.tensor
-    return factors, {"damping": result.damping, "retries": result.retries, "dead_channels": result.dead}
+        warn(f"{where}: Cholesky failed {factor.retries} times; damping raised to {factor.damping:g}")
+
+    def rounded(proj_down: torch.Tensor, proj_up: torch.Tensor) -> LayerFactors:
+        choose = partial(choose_scales, settings.scales, precision)
+        return rounded_by_gptq(W, transform, proj_down, proj_up, factor, precision, choose, block_size=settings.block_size)
+
+    layer = rounded(*site_branch(block, site, "lowrank"))
+    for i in range(settings.refits if stage["lowrank"].rank else 0):
+        if i > 0:
+            layer = rounded(layer.proj_down, layer.proj_up)
+        layer = refit_branch(W, layer, H, damping=factor.damping, seed=stage["lowrank"].seed)
+    factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "proj_down": layer.proj_down, "proj_up": layer.proj_up}
+    if layer.scales.tensor is not None:
+        factors["tensor_scale"] = layer.scales.tensor
+    return factors, {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+
+
+def warn_of_few_tokens(expert: str, site: Site) -> None:
+    """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/calibration.md)."""
+    found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
+    if found < FEW_TOKENS:
+        remedy = "raise trajectories.calibration_prompts, or gptq.damping (0.1 to 0.5)"
+        warn(f"gptq@{expert} {site.name}: {found:.1f} calibration tokens per column, fewer than {FEW_TOKENS}; {remedy}")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def choose_scales(rule: str, precision: Precision, residual: torch.Tensor) -> Scales:
+    """Static scales of a residual [N, K]."""
+    if rule == "error":
+        return scales_by_error(precision.weight, residual)
+    return weight_scales(precision.weight, residual, rounding=precision.weight_rounding)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""lowrank@E: smoothing search, then the low-rank branch, per site (q/k/v jointly)."""
+"""lowrank@E: what is done to each site's input (mean, smoothing, rotation), and the low-rank branch (q/k/v jointly)."""
 
 from pathlib import Path
 
@@ -10,41 +10,50 @@ from stages.common import Expert, ParamsFile, Stage, open_stage, read_json
 from stages.expert import check_expert
 from stepquant.commands import command, main
 from stepquant.models.sites import Site
-from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.smooth import search_smoothing
+from stepquant.quantize.smooth import search_transform
+from stepquant.quantize.transform import centred_moments
 
-READS = ("compute", "format", "smooth", "lowrank")
+READS = ("compute", "format", "smooth", "centre", "rotate", "lowrank")
 
 
 @command
 def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Search the smoothing of each site and factor its outliers into a low-rank branch.
+    """Search smoothing and rotation of each site and factor its outliers into a low-rank branch.
 
-    Reads the params sections compute, format, smooth and lowrank (with this expert's overrides), artifacts/model and
-    artifacts/activations/EXPERT.zarr. Writes artifacts/lowrank/EXPERT/.
+    Reads the params sections compute, format, smooth, centre, rotate and lowrank (with this expert's overrides),
+    artifacts/model and artifacts/activations/EXPERT.zarr. Writes artifacts/lowrank/EXPERT/.
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
         manifest = read_json(artifacts.MODEL)
         check_expert(manifest, expert)
-        check_shapes(manifest, expert, stage["format"], stage["lowrank"].rank)
+        check_shapes(manifest, expert, stage["format"], stage["lowrank"].rank, stage["rotate"].blocks)
         sources = {"activations": artifacts.activations(expert)}
-        run_blocks(stage, expert, sources, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site))
+        centred = stage["centre"].means
+        run_blocks(stage, expert, sources, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site), centred=centred)
 
 
 def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:
-    """Smoothing factor [K], proj_down [K, R] and proj_up [N, R] of one site, all bfloat16 as stored."""
+    """Mean and smoothing factor [K], block of the rotation, proj_down [K, R] and proj_up [N, R] of one site; bfloat16 as stored."""
     settings, branch = stage["smooth"], stage["lowrank"]
     W, activations = block.weight(site), block.activations(site)
+    mean = activations.mean.mean(0) if stage["centre"].means else torch.zeros_like(activations.mean[0])
+    mean = mean.to(torch.bfloat16)
+    span = activations.absmax.amax(0)
+    if settings.span == "rms":
+        # Rounding can leave a dead channel a little below zero.
+        span = centred_moments(activations.second_moment, activations.mean, mean).diagonal().clamp(min=0).sqrt()
     alphas = settings.candidates if settings.alpha == "search" else [settings.alpha]
-    candidates = [(alpha, 1 - alpha if settings.beta is None else settings.beta) for alpha in alphas]
-    search = search_smoothing(
-        W, activations.absmax.amax(0), torch.cat(activations.search), candidates,
+    exponents = [(alpha, 1 - alpha if settings.beta is None else settings.beta) for alpha in alphas]
+    rotations = stage["rotate"].blocks
+    search = search_transform(
+        W, torch.cat(activations.search), span, mean, exponents, rotations,
         rank=branch.rank, seed=branch.seed, precision=precision_of(stage["format"]),
     )
-    down, up = low_rank_factors(W * search.smooth.float(), branch.rank, seed=branch.seed)
-    proj_down, proj_up = stored_branch(down, up, search.smooth)
-    record = {"alpha": search.alpha, "beta": search.beta, "candidates": candidates, "search_errors": search.errors}
-    return {"smooth": search.smooth, "proj_down": proj_down, "proj_up": proj_up}, record
+    transform = search.transform
+    record = {"alpha": search.alpha, "beta": search.beta, "candidates": exponents, "search_errors": search.errors}
+    record |= {"rotation": transform.rotation, "rotations": rotations, "rotation_errors": search.rotation_errors}
+    factors = {"mean": transform.mean, "smooth": transform.smooth, "rotation": torch.tensor(transform.rotation)}
+    return factors | {"proj_down": search.proj_down, "proj_up": search.proj_up}, record
 
 
 if __name__ == "__main__":

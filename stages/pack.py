@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stages import artifacts
-from stages.blocks import Block, check_shapes, precision_of, site_layer
+from stages.blocks import Block, check_shapes, precision_of, site_branch, site_layer, site_transform
 from stages.common import ParamsFile, Stage, Variant, open_stage, read_json
 from stages.expert import open_expert
 from stepquant.checkpoint.layout import QuantizationSettings
@@ -33,6 +33,7 @@ from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.layer import LayerFactors
 from stepquant.quantize.smooth import round_to_nearest
+from stepquant.quantize.transform import InputTransform
 
 READS = ("compute", "format")
 
@@ -88,6 +89,7 @@ class Packer:
         self.folders = {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert), "clip": artifacts.clip(expert)}
         self.rank = self._block(0).factor("lowrank", "attn1.qkv.proj_down").shape[1] if recipe.branch else 0
         check_shapes(manifest, expert, formats, self.rank)
+        self.centred = recipe.branch and read_json(self.folders["lowrank"] / "manifest.json")["centred"]
         low, high = self.described["t_range"]
         clip = read_json(self.folders["clip"] / "manifest.json") if recipe.clip is not None else {"bin_edges": [high, low]}
         self.edges = tuple(clip["bin_edges"])
@@ -95,8 +97,18 @@ class Packer:
     def settings(self) -> QuantizationSettings:
         """What config.json says about this expert."""
         activation = self.precision.activation.name if self.recipe.activations else None
-        targets = tuple(f"blocks.{i}.{linear}" for i in range(self.described["blocks"]) for site in WAN_SITES for linear in site.linears)
-        return QuantizationSettings(self.precision.weight.name, activation, self.precision.activation_rounding, self.rank, self.edges, targets)
+        places = [(i, site, f"blocks.{i}.{linear}") for i in range(self.described["blocks"]) for site in WAN_SITES for linear in site.linears]
+        chosen = {target: site_transform(self._block(i), site).rotation for i, site, target in places} if self.recipe.branch else {}
+        return QuantizationSettings(
+            weight_format=self.precision.weight.name,
+            activation_format=activation,
+            activation_rounding=self.precision.activation_rounding,
+            rank=self.rank,
+            centred=self.centred,
+            rotations={target: rotation for target, rotation in chosen.items() if rotation},
+            bin_edges=self.edges,
+            targets=tuple(target for *_, target in places),
+        )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:
         """Every block's packed linears, made when asked for."""
@@ -116,14 +128,17 @@ class Packer:
         packed, start = {}, 0
         for linear in site.linears:
             rows = slice(start, start := start + self.described["sites"][site.name]["linears"][linear][0])
+            bias = self.model.linear_bias(block.index, linear)
             packed[f"blocks.{block.index}.{linear}"] = pack_linear(
                 layer.codes[rows].cpu(),
                 Scales(layer.scales.group[rows].cpu(), layer.scales.tensor),
-                layer.smooth.cpu(),
+                layer.transform.smooth.cpu(),
                 layer.proj_down.cpu() if self.rank else None,
                 layer.proj_up[rows].cpu() if self.rank else None,
                 ratio,
                 exponent,
+                layer.transform.mean.cpu() if self.centred else None,
+                (bias.float() + layer.offset[rows]).to(bias.dtype).cpu() if self.centred else None,
             )
         return packed
 
@@ -133,10 +148,10 @@ class Packer:
             return site_layer(block, site, self.precision)
         W = block.weight(site)
         if self.recipe.branch:
-            smooth, proj_down, proj_up = (block.factor("lowrank", f"{site.name}.{name}") for name in ("smooth", "proj_down", "proj_up"))
-            return round_to_nearest(W, smooth, proj_down, proj_up, self.precision)
+            return round_to_nearest(W, site_transform(block, site), *site_branch(block, site, "lowrank"), self.precision)
         ones = torch.ones(W.shape[1], dtype=torch.bfloat16, device=W.device)
-        return round_to_nearest(W, ones, ones.new_zeros(W.shape[1], 0), ones.new_zeros(W.shape[0], 0), self.precision)
+        plain = InputTransform.smoothing(ones)
+        return round_to_nearest(W, plain, ones.new_zeros(W.shape[1], 0), ones.new_zeros(W.shape[0], 0), self.precision)
 
     def _clip(self, block: Block, site: Site) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Clip ratio and exponent offset per bin, as the checkpoint stores them; a site without t gets its one clip in every bin."""

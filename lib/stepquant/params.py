@@ -77,11 +77,32 @@ class Format(Section):
 
 
 class Smooth(Section):
-    """s = span(X)^alpha / span(W)^beta. alpha: one value, or `search` over the candidates; beta null means 1 - alpha."""
+    """s = span(X)^alpha / absmax(W)^beta. span: of each input channel over all tokens. alpha: one value, or `search` over the
+    candidates; beta null means 1 - alpha."""
 
+    span: Literal["rms", "absmax"]
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
     beta: Annotated[float, Field(ge=0, le=1)] | None
     candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+
+
+class Centre(Section):
+    """Whether each site's channel means are taken off its input before it is quantized."""
+
+    means: bool
+
+
+class Rotate(Section):
+    """Candidates for the block of each site's Hadamard rotation; 0 is none."""
+
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+    @field_validator("blocks")
+    @classmethod
+    def _powers_of_two(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value) or any(block.bit_count() > 1 for block in value):
+            raise ValueError(f"{value}: allowed are 0 and powers of two, each once")
+        return value
 
 
 class LowRank(Section):
@@ -90,6 +111,10 @@ class LowRank(Section):
 
 
 class Gptq(Section):
+    """refits: how often the branch is fitted to what rounding lost. scales: by each group's rounding error, or its absmax."""
+
+    scales: Literal["error", "absmax"]
+    refits: Annotated[int, Field(ge=0)]
     damping: Annotated[float, Field(gt=0)]
     act_order: bool
     block_size: Positive
@@ -145,6 +170,8 @@ SECTIONS: dict[str, Any] = {
     "capture": Capture,
     "format": Format,
     "smooth": Smooth,
+    "centre": Centre,
+    "rotate": Rotate,
     "lowrank": LowRank,
     "gptq": Gptq,
     "clip": Clip,
@@ -152,7 +179,7 @@ SECTIONS: dict[str, Any] = {
     "evaluate": Evaluate,
     "report": Report,
 }
-OVERRIDABLE = ("smooth", "lowrank", "gptq", "clip")
+OVERRIDABLE = ("smooth", "centre", "rotate", "lowrank", "gptq", "clip")
 
 
 class _Experts(BaseModel):

@@ -11,6 +11,7 @@ from stepquant.checkpoint.packed import pack_linear
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
+from stepquant.quantize.rotate import rotate
 
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
@@ -62,24 +63,28 @@ def source(tmp_path_factory):
 
 
 def make_settings(subfolder, weight_format, activation_format, rank):
-    return QuantizationSettings(weight_format, activation_format, "ceil", rank, EDGES[subfolder], TARGETS)
+    rotations = {target: 16 for target in TARGETS if target.endswith("net.2")}
+    return QuantizationSettings(weight_format, activation_format, "ceil", rank, True, rotations, EDGES[subfolder], TARGETS)
 
 
-def quantize(W, settings, seed):
-    """Random smoothing, an SVD branch and round to nearest: crude numbers, but every tensor of the layout is busy."""
+def quantize(W, bias, settings, rotation, seed):
+    """Random smoothing and mean, an SVD branch and round to nearest: crude numbers, but every tensor of the layout is busy."""
     fmt = get_format(settings.weight_format)
     generator = torch.Generator().manual_seed(seed)
     smooth = (0.5 + torch.rand(W.shape[1], generator=generator)).bfloat16()
+    mean = (0.2 * torch.randn(W.shape[1], generator=generator)).bfloat16()
     residual, down, up = W.float() * smooth.float(), None, None
     if settings.rank:
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
         up = (U * S)[:, : settings.rank].bfloat16()
         down = (Vh[: settings.rank] / smooth.float()).T.bfloat16().contiguous()
         residual = residual - up.float() @ down.float().T * smooth.float()
+    bias = (bias.float() + mean.float() @ (residual / smooth.float()).T).to(bias.dtype)
+    residual = rotate(residual, rotation)
     scales = weight_scales(fmt, residual, rounding="ceil")
     clip = None if settings.activation_format is None else torch.tensor(RATIOS)
     offset = torch.tensor([0, -1, 1], dtype=torch.int8) if settings.activation_format == "mxfp4" else None
-    return pack_linear(fmt.encode(residual, scales), scales, smooth, down, up, clip, offset)
+    return pack_linear(fmt.encode(residual, scales), scales, smooth, down, up, clip, offset, mean, bias)
 
 
 def quantized_blocks(source, settings):
@@ -87,7 +92,12 @@ def quantized_blocks(source, settings):
     weights = open_weights(source)
     for i in range(2):
         mine = [target for target in settings.targets if target.startswith(f"blocks.{i}.")]
-        yield i, {target: quantize(weights.get(f"{target}.weight"), settings, seed=sum(target.encode())) for target in mine}
+        yield i, {target: quantize_target(weights, settings, target) for target in mine}
+
+
+def quantize_target(weights, settings, target):
+    W, bias = weights.get(f"{target}.weight"), weights.get(f"{target}.bias")
+    return quantize(W, bias, settings, settings.rotations.get(target, 0), seed=sum(target.encode()))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.errors import UserError
 
 TARGETS = ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2")
-SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, (1000.0, 950.0, 900.0), TARGETS)
+SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, True, {TARGETS[1]: 64}, (1000.0, 950.0, 900.0), TARGETS)
 CONFIG = {
     "quant_method": "stepquant",
     "version": 1,
@@ -15,6 +15,8 @@ CONFIG = {
     "activation_format": "mxfp4",
     "activation_rounding": "ceil",
     "rank": 16,
+    "centred": True,
+    "rotations": {"blocks.0.ffn.net.2": 64},
     "bin_edges": [1000.0, 950.0, 900.0],
     "targets": ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"],
 }
@@ -45,6 +47,11 @@ def test_weights_only():
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
         ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
         ({"rank": "16"}, "rank is '16'"),
+        ({"centred": 1}, "centred is 1; allowed: true, false"),
+        ({"rotations": {"blocks.0.ffn.net.2": 48}}, "allowed: a power of two"),
+        ({"rotations": {"blocks.0.ffn.net.2": True}}, "allowed: a power of two"),
+        ({"rotations": ["blocks.0.ffn.net.2"]}, "allowed: a power of two by module path"),
+        ({"rotations": {"blocks.1.ffn.net.2": 64}}, "name 'blocks.1.ffn.net.2', which is no target"),
         ({"bin_edges": [1000.0]}, "allowed: at least two falling values"),
         ({"bin_edges": [900.0, 1000.0]}, "allowed: at least two falling values"),
         ({"bin_edges": [1000.0, "900"]}, "allowed: at least two falling values"),
@@ -109,5 +116,10 @@ def test_missing_keys():
     ],
 )
 def test_tensors_of_a_linear(weight, activation, rank, expected):
-    settings = QuantizationSettings(weight, activation, "ceil", rank, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    settings = QuantizationSettings(weight, activation, "ceil", rank, False, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
     assert linear_layout(settings, N=256, K=128) == expected
+
+
+def test_a_centred_layout_has_a_mean():
+    settings = QuantizationSettings("int4", "int4", "ceil", 0, True, {}, (1000.0, 0.0), ("a",))
+    assert linear_layout(settings, N=256, K=128)["mean"] == ((128,), torch.bfloat16)

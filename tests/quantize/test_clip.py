@@ -7,6 +7,7 @@ from stepquant.formats import get_format
 from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.layer import Precision, layer_output, relative_error
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
+from stepquant.quantize.transform import InputTransform
 
 FORMATS = ["int4", "mxfp4", "nvfp4"]
 
@@ -15,7 +16,7 @@ def factors_of(W, x, name):
     fmt = get_format(name)
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
     precision = Precision(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
-    return nearest_factors(W, smooth, rank=8, seed=0, precision=precision)
+    return nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, precision=precision)
 
 
 def test_only_mxfp4_has_exponents_to_offset():

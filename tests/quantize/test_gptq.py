@@ -1,15 +1,24 @@
 """GPTQ against a textbook OBQ in float64, and the properties it must have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from stepquant.errors import UserError
 from stepquant.formats import Scales, get_format, weight_scales
-from stepquant.quantize.gptq import gptq
+from stepquant.quantize.gptq import gptq, inverse_factor
 
 FORMATS = ["int4", "mxfp4", "nvfp4"]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def rounded(W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, block_size: int = 128) -> SimpleNamespace:
+    """Codes, and what the factorization of H says of itself."""
+    factor = inverse_factor(H, damping=damping, act_order=act_order)
+    codes = gptq(W, factor, scales, fmt, block_size=block_size)
+    return SimpleNamespace(codes=codes, damping=factor.damping, retries=factor.retries, dead=factor.dead)
 
 
 def grid(name: str) -> Tensor:
@@ -54,7 +63,7 @@ def test_equals_textbook_obq(layer, name, act_order):
     W, x = layer
     fmt, H = get_format(name), x.T @ x
     scales = weight_scales(fmt, W, rounding="floor")
-    result = gptq(W, H, scales, fmt, damping=0.01, act_order=act_order, block_size=32)
+    result = rounded(W, H, scales, fmt, damping=0.01, act_order=act_order, block_size=32)
     expected = obq(W, H, scales, name, 0.01, act_order)
     torch.testing.assert_close(fmt.decode(result.codes, scales).double(), expected, rtol=1e-6, atol=0)
     assert (result.damping, result.retries, result.dead) == (0.01, 0, 0)
@@ -67,7 +76,7 @@ def test_block_size_changes_nothing(layer, block_size, act_order):
     fmt = get_format("nvfp4")
     scales = weight_scales(fmt, W, rounding="ceil")
     one, two = (
-        gptq(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, block_size=size).codes for size in (16, block_size)
+        rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, block_size=size).codes for size in (16, block_size)
     )
     assert torch.equal(one, two)
 
@@ -78,7 +87,7 @@ def test_identity_second_moments_round_to_nearest(layer, name, act_order):
     W, _ = layer
     fmt = get_format(name)
     scales = weight_scales(fmt, W, rounding="ceil")
-    result = gptq(W, 3.0 * torch.eye(W.shape[1]), scales, fmt, damping=0.01, act_order=act_order)
+    result = rounded(W, 3.0 * torch.eye(W.shape[1]), scales, fmt, damping=0.01, act_order=act_order)
     assert torch.equal(result.codes, fmt.encode(W, scales))
 
 
@@ -94,7 +103,7 @@ def test_beats_rounding_on_held_out_tokens(make_layer, name):
 
     nearest = error(fmt.encode(W, scales))
     for act_order in (False, True):
-        result = gptq(W, train.T @ train, scales, fmt, damping=0.01, act_order=act_order)
+        result = rounded(W, train.T @ train, scales, fmt, damping=0.01, act_order=act_order)
         assert error(result.codes) < 0.9 * nearest
 
 
@@ -102,9 +111,9 @@ def test_rows_are_independent(layer):
     W, x = layer
     fmt = get_format("int4")
     scales = weight_scales(fmt, W, rounding="ceil")
-    together = gptq(W, x.T @ x, scales, fmt, damping=0.01, act_order=True).codes
+    together = rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=True).codes
     for rows in (slice(0, 16), slice(16, 48)):
-        alone = gptq(W[rows], x.T @ x, Scales(scales.group[rows], None), fmt, damping=0.01, act_order=True).codes
+        alone = rounded(W[rows], x.T @ x, Scales(scales.group[rows], None), fmt, damping=0.01, act_order=True).codes
         assert torch.equal(together[rows], alone)
 
 
@@ -116,13 +125,13 @@ def test_dead_channels_are_rounded_and_counted(layer, act_order):
     x[:, dead] = 0
     fmt = get_format("mxfp4")
     scales = weight_scales(fmt, W, rounding="ceil")
-    result = gptq(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
+    result = rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
     assert result.dead == 3
     assert torch.equal(result.codes[:, dead], fmt.encode(W, scales)[:, dead])
     # What a dead channel's weight is cannot touch the others.
     changed = W.clone()
     changed[:, dead] *= -0.5
-    again = gptq(changed, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
+    again = rounded(changed, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
     assert torch.equal(result.codes[:, live], again.codes[:, live])
 
 
@@ -130,7 +139,7 @@ def test_nothing_but_dead_channels(layer):
     W, _ = layer
     fmt = get_format("int4")
     scales = weight_scales(fmt, W, rounding="ceil")
-    result = gptq(W, torch.zeros(128, 128), scales, fmt, damping=0.01, act_order=True)
+    result = rounded(W, torch.zeros(128, 128), scales, fmt, damping=0.01, act_order=True)
     assert result.dead == 128
     assert torch.equal(result.codes, fmt.encode(W, scales))
 
@@ -143,7 +152,7 @@ def test_failed_cholesky_is_retried_with_more_damping(layer):
     # to lift it above zero, 1.0 is enough.
     H = torch.eye(128)
     H[0, 1] = H[1, 0] = 1.5
-    result = gptq(W, H, scales, fmt, damping=0.01, act_order=False)
+    result = rounded(W, H, scales, fmt, damping=0.01, act_order=False)
     assert result.retries == 2
     assert result.damping == pytest.approx(1.0)
 
@@ -155,7 +164,7 @@ def test_hopeless_second_moments_are_refused(layer):
     H = torch.eye(128)
     H[0, 1] = H[1, 0] = 1e8
     with pytest.raises(UserError, match="not positive definite.*gptq.damping"):
-        gptq(W, H, scales, fmt, damping=0.01, act_order=False)
+        rounded(W, H, scales, fmt, damping=0.01, act_order=False)
 
 
 @pytest.mark.parametrize("broken", ["weight", "second moments"])
@@ -165,7 +174,7 @@ def test_non_finite_input_is_refused(layer, broken):
     scales = weight_scales(fmt, W, rounding="ceil")
     (W if broken == "weight" else H)[0, 0] = float("nan")
     with pytest.raises(UserError, match=f"GPTQ {broken}"):
-        gptq(W, H, scales, fmt, damping=0.01, act_order=False)
+        rounded(W, H, scales, fmt, damping=0.01, act_order=False)
 
 
 def test_inputs_are_left_alone(layer):
@@ -173,5 +182,5 @@ def test_inputs_are_left_alone(layer):
     H = x.T @ x
     W_before, H_before = W.clone(), H.clone()
     fmt = get_format("nvfp4")
-    gptq(W, H, weight_scales(fmt, W, rounding="ceil"), fmt, damping=0.01, act_order=True)
+    rounded(W, H, weight_scales(fmt, W, rounding="ceil"), fmt, damping=0.01, act_order=True)
     assert torch.equal(W, W_before) and torch.equal(H, H_before)

@@ -1,17 +1,19 @@
-"""Refitting the branch, learned smoothing and the rotated layer, on held-out tokens."""
+"""GPTQ of what a branch left, and the branch refitted to what GPTQ lost, on held-out tokens."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from stepquant.errors import UserError
 from stepquant.formats import get_format
-from stepquant.quantize.gptq import gptq
-from stepquant.quantize.layer import Precision, layer_output, relative_error
-from stepquant.quantize.learn import learn_smoothing
+from stepquant.quantize.gptq import gptq, inverse_factor
+from stepquant.quantize.layer import LayerFactors, Precision, layer_output, relative_error
 from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch, weighted_low_rank_factors
-from stepquant.quantize.refine import refine
+from stepquant.quantize.refine import refit_branch, rounded_by_gptq
 from stepquant.quantize.scales import scales_by_error
-from stepquant.quantize.smooth import nearest_factors, smoothing_factor
+from stepquant.quantize.smooth import smoothing_factor
+from stepquant.quantize.transform import InputTransform
 
 FORMATS = ["int4", "mxfp4", "nvfp4"]
 
@@ -52,58 +54,44 @@ def test_weighted_fit_refuses_what_are_no_second_moments(case):
         weighted_low_rank_factors(case[0], -torch.eye(128), 8, seed=0)
 
 
+def rounded(W, H, transform, branch, name) -> LayerFactors:
+    fmt = get_format(name)
+    factor = inverse_factor(transform.moments(H), damping=0.01, act_order=True)
+    return rounded_by_gptq(W, transform, *branch, factor, Precision(fmt, "ceil", None, "ceil"), partial(scales_by_error, fmt))
+
+
+def branch_of(W, smooth):
+    return stored_branch(*low_rank_factors(W * smooth.float(), 8, seed=0), smooth)
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_rounds_is_gptq_of_the_residual(case, name):
+def test_codes_are_gptq_of_the_residual(case, name):
     W, _, H, smooth, *_ = case
-    factors = refine(W, H, smooth, rank=8, rounds=0, damping=0.01, seed=0, precision=precision(name), rotation=0)
+    factors = rounded(W, H, InputTransform.smoothing(smooth), branch_of(W, smooth), name)
     s, fmt = smooth.float(), get_format(name)
-    R = residual(W, smooth, *stored_branch(*low_rank_factors(W * s, 8, seed=0), smooth))
-    result = gptq(R, H / s[:, None] / s, scales_by_error(fmt, R), fmt, damping=0.01, act_order=True)
-    assert torch.equal(factors.codes, result.codes)
+    R = residual(W, smooth, *branch_of(W, smooth))
+    factor = inverse_factor(H / s[:, None] / s, damping=0.01, act_order=True)
+    assert torch.equal(factors.codes, gptq(R, factor, scales_by_error(fmt, R), fmt))
 
 
 @pytest.mark.parametrize(("name", "rotation"), [("int4", 0), ("int4", 64), ("mxfp4", 32), ("nvfp4", 0)])
-def test_refitting_lowers_the_held_out_weight_error(case, name, rotation):
-    W, _, H, smooth, held_out, reference = case
-    weight_only = Precision(get_format(name), "ceil", None, "ceil")
-
-    def error(rounds: int) -> float:
-        factors = refine(W, H, smooth, rank=8, rounds=rounds, damping=0.01, seed=0, precision=weight_only, rotation=rotation)
-        return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
-
-    assert error(3) < 0.98 * error(0)
-
-
-@pytest.mark.parametrize("rotation", [32, 128])
-def test_full_rank_layer_survives_rotation(case, rotation):
-    W, *_, smooth, held_out, reference = case
-    factors = nearest_factors(W, smooth, rank=64, seed=0, precision=precision("nvfp4"), rotation=rotation)
-    assert relative_error(layer_output(held_out, factors, 1.0, 0), reference) < 0.003
-
-
-def test_rotation_pays_for_int4(case):
-    W, *_, smooth, held_out, reference = case
-    plain, rotated = (
-        nearest_factors(W, smooth, rank=8, seed=0, precision=precision("int4"), rotation=block) for block in (0, 64)
-    )
-    errors = [relative_error(layer_output(held_out, factors, 1.0, 0), reference) for factors in (plain, rotated)]
-    assert errors[1] < 0.9 * errors[0]
-
-
-@pytest.mark.parametrize(("name", "rotation"), [("int4", 0), ("int4", 64), ("mxfp4", 32), ("nvfp4", 0)])
-def test_learned_smoothing_lowers_the_held_out_error(case, name, rotation):
+def test_refitting_lowers_the_held_out_error(case, name, rotation):
     W, train, _, smooth, held_out, reference = case
-    learned = learn_smoothing(W, train, smooth, steps=30, rank=8, seed=0, precision=precision(name), rotation=rotation)
-    assert learned.dtype == torch.bfloat16 and (learned > 0).all()
+    mean = train.mean(0).bfloat16()
+    H = (train - mean.float()).T @ (train - mean.float()) / len(train)
+    transform = InputTransform(smooth, mean, rotation)
+    before = rounded(W, H, transform, branch_of(W, smooth), name)
+    after = refit_branch(W, before, H, damping=0.01, seed=0)
+    again = refit_branch(W, rounded(W, H, transform, (after.proj_down, after.proj_up), name), H, damping=0.01, seed=0)
+    errors = [relative_error(layer_output(held_out, layer, 1.0, 0), reference).item() for layer in (before, after, again)]
+    assert errors == sorted(errors, reverse=True)
+    assert torch.equal(after.codes, before.codes)
 
-    def error(s: torch.Tensor) -> float:
-        factors = nearest_factors(W, s, rank=8, seed=0, precision=precision(name), rotation=rotation)
-        return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
 
-    assert error(learned) < error(smooth)
-
-
-def test_no_steps_learn_nothing(case):
-    W, train, _, smooth, *_ = case
-    learned = learn_smoothing(W, train, smooth, steps=0, rank=8, seed=0, precision=precision("int4"), rotation=0)
-    torch.testing.assert_close(learned, smooth, rtol=2**-7, atol=0)
+def test_a_full_rank_refit_leaves_no_error(case):
+    """With rank = full width the branch makes up for any codes, up to its own bfloat16."""
+    W, _, H, smooth, held_out, reference = case
+    branch = stored_branch(*low_rank_factors(W * smooth.float(), 64, seed=0), smooth)
+    layer = rounded(W, H, InputTransform.smoothing(smooth), branch, "nvfp4")
+    refitted = refit_branch(W, layer, H, damping=0.01, seed=0)
+    assert relative_error(layer_output(held_out, refitted, 1.0, 0), reference) < 0.01

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
-from stepquant.quantize.layer import Precision, branch_path, layer_output, main_path, relative_error
-from stepquant.quantize.smooth import nearest_factors, search_smoothing, smoothing_factor
+from stepquant.quantize.layer import Precision, exact_path, layer_output, main_path, relative_error
+from stepquant.quantize.smooth import nearest_factors, search_transform, smoothing_factor
+from stepquant.quantize.transform import InputTransform
 
 CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
 
@@ -43,7 +44,7 @@ def test_nvfp4_activations_stay_in_the_range_of_their_scales(layer, size):
     W, x = layer
     x = size * x
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
-    factors = nearest_factors(W, smooth, rank=8, seed=0, precision=precision("nvfp4"))
+    factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, precision=precision("nvfp4"))
     assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T) < 0.1
 
 
@@ -65,9 +66,9 @@ def test_without_quantization_nothing_changes(layer, alpha, beta):
 def test_full_rank_layer_is_exact_up_to_bfloat16(layer, name):
     """With rank = full width the branch is the layer; 4-bit codes only see what bfloat16 lost (under 1 %)."""
     W, x = layer
-    factors = nearest_factors(W, torch.ones(128, dtype=torch.bfloat16), rank=48, seed=0, precision=precision(name))
+    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, precision=precision(name))
     reference = x @ W.T
-    assert relative_error(branch_path(x, factors), reference) < 0.01
+    assert relative_error(exact_path(x, factors), reference) < 0.01
     assert relative_error(layer_output(x, factors, 1.0, 0), reference) < 0.003
 
 
@@ -79,37 +80,46 @@ def test_smoothing_and_branch_beat_plain_rounding(layer, name):
 
     def error(alpha: float, rank: int) -> float:
         smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=alpha)
-        factors = nearest_factors(W, smooth, rank=rank, seed=0, precision=precision(name))
+        factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=rank, seed=0, precision=precision(name))
         return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
 
     assert error(0.5, 16) < 0.8 * error(0.0, 0)
 
 
+ROTATIONS = [0, 32, 128]
+
+
+def search(layer, exponents, rotations, name):
+    W, x = layer
+    mean = x.mean(0).bfloat16()
+    return search_transform(W, x, x.std(0), mean, exponents, rotations, rank=8, seed=0, precision=precision(name))
+
+
 def test_search_takes_the_smallest_error(layer):
     W, x = layer
-    found = search_smoothing(W, x.abs().amax(0), x, CANDIDATES, rank=8, seed=0, precision=precision("int4"))
-    assert len(found.errors) == len(CANDIDATES)
-    best = found.errors.index(min(found.errors))
-    assert (found.alpha, found.beta) == CANDIDATES[best]
-    expected = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta)
-    assert torch.equal(found.smooth, expected)
-    factors = nearest_factors(W, found.smooth, rank=8, seed=0, precision=precision("int4"))
-    assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item() == min(found.errors)
+    found = search(layer, CANDIDATES, ROTATIONS, "int4")
+    assert len(found.errors) == len(CANDIDATES) and len(found.rotation_errors) == len(ROTATIONS)
+    assert found.rotation_errors[0] == min(found.errors)
+    assert (found.alpha, found.beta) == CANDIDATES[found.errors.index(min(found.errors))]
+    assert found.transform.rotation == ROTATIONS[found.rotation_errors.index(min(found.rotation_errors))]
+    assert torch.equal(found.transform.smooth, smoothing_factor(x.std(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta))
+    assert torch.equal(found.transform.mean, x.mean(0).bfloat16())
+    factors = nearest_factors(W, found.transform, rank=8, seed=0, precision=precision("int4"))
+    assert torch.equal(factors.proj_down, found.proj_down) and torch.equal(factors.proj_up, found.proj_up)
+    assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item() == min(found.rotation_errors)
 
 
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
 def test_another_candidate_never_raises_the_score(layer, name):
-    W, x = layer
-    scores = []
-    for count in range(1, len(CANDIDATES) + 1):
-        found = search_smoothing(W, x.abs().amax(0), x, CANDIDATES[:count], rank=8, seed=0, precision=precision(name))
-        scores.append(min(found.errors))
-    assert scores == sorted(scores, reverse=True)
+    more_exponents = [min(search(layer, CANDIDATES[:n], [0], name).rotation_errors) for n in range(1, len(CANDIDATES) + 1)]
+    more_rotations = [min(search(layer, CANDIDATES[:2], ROTATIONS[:n], name).rotation_errors) for n in range(1, len(ROTATIONS) + 1)]
+    for scores in (more_exponents, more_rotations):
+        assert scores == sorted(scores, reverse=True)
 
 
 def test_unquantized_activations(layer):
     W, x = layer
     fmt = get_format("int4")
     w4a16 = Precision(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
-    factors = nearest_factors(W, torch.ones(128, dtype=torch.bfloat16), rank=0, seed=0, precision=w4a16)
+    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, precision=w4a16)
     torch.testing.assert_close(main_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)

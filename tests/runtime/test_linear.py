@@ -19,9 +19,9 @@ SIGNED_E2M1 = torch.cat((E2M1, -E2M1))
 SIGNED_INT4 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]).float()
 
 
-def make_linear(weight, activation, rank=R, rounding="ceil", bias=True):
-    settings = QuantizationSettings(weight, activation, rounding, rank, (1000.0, 900.0, 600.0, 0.0), ("a",))
-    linear = W4A4Linear(K, N, bias, settings, device="cpu")
+def make_linear(weight, activation, rank=R, rounding="ceil", bias=True, centred=False, rotation=0):
+    settings = QuantizationSettings(weight, activation, rounding, rank, centred, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    linear = W4A4Linear(K, N, bias, settings, device="cpu", rotation=rotation)
     g = torch.Generator().manual_seed(1)
     linear.qweight.copy_(torch.randint(-128, 128, (N, K // 2), generator=g))
     if weight == "int4":
@@ -33,6 +33,8 @@ def make_linear(weight, activation, rank=R, rounding="ceil", bias=True):
         linear.wtscale.copy_(torch.tensor([1e-4]))
         linear.wcscales.copy_(0.5 + torch.rand(N, generator=g))
     linear.smooth_factor.copy_(0.5 + torch.rand(K, generator=g))
+    if centred:
+        linear.mean.copy_(torch.randn(K, generator=g))
     if rank:
         linear.proj_down.copy_(0.1 * torch.randn(K, rank, generator=g))
         linear.proj_up.copy_(0.1 * torch.randn(N, rank, generator=g))
@@ -101,6 +103,29 @@ def test_equals_the_definition(weight, activation, rank, bin_):
     torch.testing.assert_close(linear(x.view(1, 3, 1, K)), expected.view(1, 3, 1, N), rtol=1e-5, atol=1e-5)
 
 
+def sylvester(order):
+    """Hadamard matrix of Sylvester's construction, entry by entry: -1 to the number of bits that row and column share."""
+    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)])
+
+
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize("rotation", [0, 16, 64])
+def test_centred_and_rotated(weight, rotation):
+    linear = make_linear(weight, weight, centred=True, rotation=rotation)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
+    seen = (x - linear.mean.float()) / linear.smooth_factor.float()
+    if rotation:
+        seen = seen @ torch.block_diag(*[sylvester(rotation) / rotation**0.5] * (K // rotation))
+    expected = activation_by_hand(seen, weight, RATIOS[0], OFFSETS[0] if weight == "mxfp4" else 0, "ceil") @ weight_by_hand(linear, weight).T
+    expected += linear.bias + x @ linear.proj_down.float() @ linear.proj_up.float().T
+    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_that_does_not_fit():
+    with pytest.raises(UserError, match="block 256 for 128 channels"):
+        make_linear("int4", "int4", rotation=256)
+
+
 def test_activation_rounding_floor():
     linear = make_linear("mxfp4", "mxfp4", rounding="floor")
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(2))
@@ -145,7 +170,7 @@ def test_weight_takes_four_bits_and_its_scales():
 
 
 def test_group_must_divide_the_channels():
-    settings = QuantizationSettings("nvfp4", "int4", "ceil", 0, (1000.0, 0.0), ("a",))
+    settings = QuantizationSettings("nvfp4", "int4", "ceil", 0, False, {}, (1000.0, 0.0), ("a",))
     with pytest.raises(UserError, match="96 channels .* int4 groups; allowed: a multiple of 64"):
         W4A4Linear(96, N, True, settings, device="cpu")
 

@@ -69,7 +69,7 @@ def test_an_unknown_parameter_of_one_expert(folder, refused):
 def test_a_missing_parameter(folder, refused):
     text = (folder.root / "params.yaml").read_text()
     (folder.root / "params.yaml").write_text(text.replace("  damping: 0.01\n", "", 1))
-    assert refused("gptq", *HIGH) == "params.yaml: gptq.damping: missing; expected the keys damping, act_order, block_size"
+    assert refused("gptq", *HIGH) == "params.yaml: gptq.damping: missing; expected the keys scales, refits, damping, act_order, block_size"
 
 
 def test_an_expert_or_a_variant_that_is_not_there(refused):
@@ -120,6 +120,12 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
     folder.set(f"format.{other}", fmt)
     message = refused(stage, *arguments)
     assert message == f"format.weight: {fmt} has groups of {group}, which do not divide the 1000 channels of high_noise ffn.down"
+
+
+def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
+    folder.set("rotate.blocks", [0, 512])
+    message = refused("lowrank", *HIGH)
+    assert message == "rotate.blocks: 512 does not divide the 256 channels of high_noise attn1.out; allowed: 0, or a power of two that does"
 
 
 def narrow_feed_forward(expert, size):

@@ -43,6 +43,12 @@ def read_activations(folder: Path, device: str) -> Activations:
     )
 
 
+def tokens_per_column(folder: Path) -> float:
+    """How many calibration tokens a site's second moments rest on, per channel of its input."""
+    group = open_group(folder)
+    return sum(group.attrs["tokens"]) / group["absmax"].shape[1]
+
+
 def site_folder(activations: Path, block: int, site: str) -> Path:
     """Where a site's group lies inside `artifacts/activations/<expert>.zarr`."""
     return activations / block_name(block) / site

@@ -6,7 +6,7 @@ A checkpoint is a diffusers pipeline folder. In the folder of each expert (`tran
     diffusion_pytorch_model.safetensors.index.json  key -> shard
     diffusion_pytorch_model-0000I-of-0000N.safetensors
                                                     one shard per block with the tensors below, then one with every
-                                                    other tensor of the source, bit for bit, biases included
+                                                    other tensor of the source, bit for bit
 
 Each target linear `y = x W^T + b`, W [N, K], loses `TARGET.weight` and gets, with G the weight format's group,
 R the rank and B the number of timestep bins:
@@ -18,19 +18,27 @@ R the rank and B the number of timestep bins:
     TARGET.wtscale          bf16  [1]        nvfp4 only: scale of the whole tensor
     TARGET.wcscales         bf16  [N]        nvfp4 only: scale per output channel
     TARGET.smooth_factor    bf16  [K]
+    TARGET.mean             bf16  [K]        only if "centred"; taken off the input of the 4-bit path
+    TARGET.bias                   [N]        only if "centred"; the source's b, in its dtype, plus what the mean contributes:
+                                             mean W^T - (mean proj_down) proj_up^T
     TARGET.proj_down        bf16  [K, R]     absent if R = 0; fed by the raw x, not by x / smooth_factor
     TARGET.proj_up          bf16  [N, R]     absent if R = 0
     TARGET.clip_ratio       fp32  [B]        absent if activations stay unquantized; multiplies each group's absmax
     TARGET.clip_exponent    int8  [B]        mxfp4 activations only; added to their E8M0 exponent
 
-    y = Q(x / smooth_factor; clip of the bin) (codes * wscales * wtscale * wcscales)^T + (x proj_down) proj_up^T + b
+    y = Q(rot((x - mean) / smooth_factor); clip of the bin) (codes * wscales * wtscale * wcscales)^T
+        + (x proj_down) proj_up^T + bias
 
-All row-major, no fragment packing. Up to the clip tables the nvfp4 form equals the SVDQuant contract of vLLM-Omni
+rot multiplies each run of "rotations"[TARGET] channels with the orthonormal Sylvester-Hadamard matrix of that order; a target
+that is not listed there has none.
+
+All row-major, no fragment packing. Without mean and rotation and up to the clip tables the nvfp4 form equals the SVDQuant contract of vLLM-Omni
 (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4"); int4 and mxfp4 are its twins. In self-attention to_q, to_k and to_v
-share smooth_factor, proj_down and wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
+share smooth_factor, mean, rotation, proj_down and wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
 
 quantization_config: {"quant_method": "stepquant", "version": 1, "weight_format", "activation_format": name or null,
-"activation_rounding": how an E8M0 activation scale is chosen, "rank", "bin_edges": [falling t], "targets": [module paths]}.
+"activation_rounding": how an E8M0 activation scale is chosen, "rank", "centred": bool, "rotations": {module path: block},
+"bin_edges": [falling t], "targets": [module paths]}.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -55,6 +63,8 @@ class QuantizationSettings:
     activation_format: str | None
     activation_rounding: str
     rank: int
+    centred: bool
+    rotations: dict[str, int]
     bin_edges: tuple[float, ...]
     targets: tuple[str, ...]
 
@@ -66,12 +76,18 @@ class QuantizationSettings:
             raise UserError(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         if not isinstance(self.rank, int) or self.rank < 0:
             raise UserError(f"rank is {self.rank!r}; allowed: an integer of at least 0")
+        if not isinstance(self.centred, bool):
+            raise UserError(f"centred is {self.centred!r}; allowed: true, false")
+        if not isinstance(self.rotations, dict) or not all(_is_block(block) for block in self.rotations.values()):
+            raise UserError(f"rotations are {self.rotations!r}; allowed: a power of two by module path")
         numbers = all(isinstance(edge, (int, float)) for edge in self.bin_edges)
         if len(self.bin_edges) < 2 or not numbers or any(a <= b for a, b in zip(self.bin_edges, self.bin_edges[1:])):
             raise UserError(f"bin_edges are {list(self.bin_edges)}; allowed: at least two falling values of t")
         names = all(isinstance(target, str) for target in self.targets)
         if not self.targets or not names or len(set(self.targets)) < len(self.targets):
             raise UserError("targets must be a list of module paths, at least one, none twice")
+        if foreign := sorted(set(self.rotations) - set(self.targets)):
+            raise UserError(f"rotations name {foreign[0]!r}, which is no target")
 
     @property
     def bins(self) -> int:
@@ -102,6 +118,10 @@ class QuantizationSettings:
         return cls(**values | {"bin_edges": tuple(values["bin_edges"]), "targets": tuple(values["targets"])})
 
 
+def _is_block(block: object) -> bool:
+    return type(block) is int and block > 1 and block.bit_count() == 1
+
+
 def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a quantized [N, K] linear has in place of its weight, by name."""
     group = get_format(settings.weight_format).group
@@ -110,6 +130,8 @@ def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, t
         "wscales": ((K // group, N), SCALE_DTYPES[settings.weight_format]),
         "smooth_factor": ((K,), torch.bfloat16),
     }
+    if settings.centred:
+        layout |= {"mean": ((K,), torch.bfloat16)}
     if settings.weight_format == "nvfp4":
         layout |= {"wtscale": ((1,), torch.bfloat16), "wcscales": ((N,), torch.bfloat16)}
     if settings.rank > 0:

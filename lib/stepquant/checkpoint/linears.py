@@ -22,7 +22,7 @@ def read_settings(folder: Path) -> QuantizationSettings:
 def read_linear(weights: Weights, settings: QuantizationSettings, target: str, N: int, K: int, device: str) -> W4A4Linear:
     """The linear called `target` [N, K] as packed, on a device; its bias, if there is one, in float32."""
     has_bias = f"{target}.bias" in weights
-    linear = W4A4Linear(K, N, has_bias, settings, device)
+    linear = W4A4Linear(K, N, has_bias, settings, device, rotation=settings.rotations.get(target, 0))
     for name in linear_layout(settings, N, K):
         setattr(linear, name, weights.get(f"{target}.{name}").to(device))
     if has_bias:

@@ -22,6 +22,8 @@ class PackedLinear:
     proj_up: Tensor | None = None
     clip_ratio: Tensor | None = None
     clip_exponent: Tensor | None = None
+    mean: Tensor | None = None
+    bias: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, without the absent ones."""
@@ -32,6 +34,8 @@ class PackedLinear:
         """Raises ValueError unless names, shapes and dtypes are those of a quantized [N, K] linear."""
         found = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
         expected = linear_layout(settings, N, K)
+        if settings.centred:  # in the dtype of the source's bias
+            expected |= {"bias": ((N,), None if self.bias is None else self.bias.dtype)}
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if wrong:
             differences = "; ".join(f"{n} is {found.get(n)}, expected {expected.get(n)}" for n in wrong)
@@ -46,12 +50,15 @@ def pack_linear(
     proj_up: Tensor | None,
     clip_ratio: Tensor | None,
     clip_exponent: Tensor | None,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> PackedLinear:
     """Packs the 4-bit codes of one linear and lays its scales out as stored.
 
     codes: uint8 [N, K], 0..15. scales: as Format.scales or weight_scales gave them, group [N, K/G].
     smooth bfloat16 [K], proj_down bfloat16 [K, R] for the raw input, proj_up bfloat16 [N, R] (both None for rank 0),
-    clip_ratio float32 [bins] (None if activations stay unquantized), clip_exponent int8 [bins] (None unless they are mxfp4).
+    clip_ratio float32 [bins] (None if activations stay unquantized), clip_exponent int8 [bins] (None unless they are mxfp4),
+    mean bfloat16 [K] and bias [N] (both None unless the layer is centred).
 
     Nothing is rounded here, because what was rounded after the residual was formed would not be corrected by it:
     raises ValueError if the tensor scale is no bfloat16 value, and PackedLinear.check finds any other dtype.
@@ -74,4 +81,6 @@ def pack_linear(
         proj_up=proj_up,
         clip_ratio=clip_ratio,
         clip_exponent=clip_exponent,
+        mean=mean,
+        bias=bias,
     )

@@ -102,7 +102,9 @@ def _swap(model: nn.Module, target: str, settings: QuantizationSettings) -> None
         raise UserError(f"quantization_config: target {target!r} is no module of {type(model).__name__}") from e
     if not isinstance(linear, nn.Linear):
         raise UserError(f"quantization_config: target {target!r} is a {type(linear).__name__}; expected a linear")
-    quantized = W4A4Linear(linear.in_features, linear.out_features, linear.bias is not None, settings, device="meta")
+    has_bias = linear.bias is not None or settings.centred
+    rotation = settings.rotations.get(target, 0)
+    quantized = W4A4Linear(linear.in_features, linear.out_features, has_bias, settings, device="meta", rotation=rotation)
     quantized.bin = torch.zeros(1, dtype=torch.int64)  # not stored, so nothing will replace a meta tensor
     setattr(model.get_submodule(owner), name, quantized)
 

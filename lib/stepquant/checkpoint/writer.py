@@ -72,7 +72,7 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
         if found != sorted(settings.targets):
             targets = len(settings.targets)
             raise ValueError(f"the blocks hold {len(found)} linears; they must be the {targets} targets of the settings")
-        replaced = {f"{target}.weight" for target in settings.targets}
+        replaced = {f"{target}.weight" for target in settings.targets}.union(*(shard.sizes for shard in shards))
         shards.append(_save(work, "rest", {key: weights.get(key) for key in weights if key not in replaced}))
         _write_index(work, shards)
         _write_json(work / "config.json", config | {"quantization_config": settings.to_config()})

@@ -78,6 +78,14 @@ class Denoiser:
         """Weight [N, K] of a block's linear as float32 on the compute device."""
         return self.weights.get(f"blocks.{index}.{linear}.weight").to(self.device, torch.float32)
 
+    def linear_bias(self, index: int, linear: str) -> torch.Tensor:
+        """Bias [N] of a block's linear as it is stored, on the compute device; zeros of the weight's dtype if it has none."""
+        key = f"blocks.{index}.{linear}"
+        if f"{key}.bias" in self.weights:
+            return self.weights.get(f"{key}.bias").to(self.device)
+        weight = self.weights.info(f"{key}.weight")
+        return torch.zeros(weight.shape[0], dtype=weight.dtype, device=self.device)
+
     def _tensor(self, key: str) -> torch.Tensor:
         # diffusers keeps norms, time embedding and modulation in float32 whatever torch_dtype is asked for.
         keep = any(name in key.split(".") for name in self._class._keep_in_fp32_modules)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.formats import Format
-from stepquant.quantize.layer import LayerFactors, branch_path, main_path, relative_error
+from stepquant.quantize.layer import LayerFactors, exact_path, main_path, relative_error
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def clip_errors(x: Tensor, reference: Tensor, factors: LayerFactors, candidates:
 
     x [T, K] is the raw input, reference [T, N] what the unquantized layer gives (without bias).
     """
-    branch = branch_path(x, factors)  # the same for every candidate
+    exact = exact_path(x, factors)  # the same for every candidate
     errors = [
-        relative_error(main_path(x, factors, candidate.ratio, candidate.exponent_offset) + branch, reference)
+        relative_error(main_path(x, factors, candidate.ratio, candidate.exponent_offset) + exact, reference)
         for candidate in candidates
     ]
     return torch.stack(errors)

@@ -23,46 +23,55 @@ RETRIES = 6
 
 
 @dataclass(frozen=True)
-class GPTQResult:
-    """codes uint8 [N, K]; the relative damping that was used and how often Cholesky failed before; number of dead channels."""
+class InverseFactor:
+    """The part of GPTQ that depends on the second moments alone.
 
-    codes: Tensor
+    U float32 [K, K] and the order [K] int64 in which columns are visited; the relative damping that was used and how often
+    Cholesky failed before; number of dead channels.
+    """
+
+    U: Tensor
+    order: Tensor
     damping: float
     retries: int
     dead: int
 
 
-def gptq(
-    W: Tensor, H: Tensor, scales: Scales, fmt: Format, *, damping: float, act_order: bool, block_size: int = 128
-) -> GPTQResult:
-    """Codes of W [N, K] under static scales that make the error of X @ W.T small, given H [K, K] = X^T X.
+def inverse_factor(H: Tensor, *, damping: float, act_order: bool) -> InverseFactor:
+    """U of H [K, K] = X^T X, for any number of calls of `gptq`.
 
-    W is the residual the codes stand for; computed in float32. damping is added to the diagonal of H, relative to its
-    mean over live channels, and multiplied by 10 (at most 6 times) while the Cholesky factorization fails. A dead channel
-    (H_ii = 0) is rounded to nearest: calibration says nothing about it. block_size only sets how often the columns to the
-    right are brought up to date; it changes speed, not the method.
+    damping is added to the diagonal of H, relative to its mean over live channels, and multiplied by 10 (at most 6 times)
+    while the Cholesky factorization fails. A dead channel (H_ii = 0) is rounded to nearest: calibration says nothing about it.
 
-    Raises UserError if W or H is not finite, or if no damping makes H positive definite.
+    Raises UserError if H is not finite, or if no damping makes it positive definite.
     """
-    check_finite(W, "GPTQ weight")
     check_finite(H, "GPTQ second moments")
     H, dead = _revive_dead_channels(H.float())
-    K = H.shape[0]
-    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(K, device=H.device)
-    U, damping, retries = _inverse_factor(H[order][:, order], damping)
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
+    U, damping, retries = _factorize(H[order][:, order], damping)
+    return InverseFactor(U, order, damping, retries, int(dead.sum()))
 
+
+def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, block_size: int = 128) -> Tensor:
+    """Codes uint8 [N, K] of W [N, K] under static scales that make the error of X @ W.T small.
+
+    W is the residual the codes stand for; computed in float32. block_size only sets how often the columns to the right are
+    brought up to date; it changes speed, not the method. Raises UserError if W is not finite.
+    """
+    check_finite(W, "GPTQ weight")
+    U, order = factor.U, factor.order
     columns = W.float().T[order]  # transposed, so that a column of W is contiguous
     steps = Scales(scales.group.T[order // fmt.group], scales.tensor)
     codes = torch.empty_like(columns, dtype=torch.uint8)
-    for i1 in range(0, K, block_size):
-        i2 = min(i1 + block_size, K)
+    for i1 in range(0, len(columns), block_size):
+        i2 = min(i1 + block_size, len(columns))
         block = Scales(steps.group[i1:i2], steps.tensor)
         codes[i1:i2], E = _round_block(columns[i1:i2], U[i1:i2, i1:i2], block, fmt)
         columns[i2:] -= U[i1:i2, i2:].T @ E
 
     stored = torch.empty_like(codes)
     stored[order] = codes
-    return GPTQResult(stored.T.contiguous(), damping, retries, int(dead.sum()))
+    return stored.T.contiguous()
 
 
 def _round_block(columns: Tensor, U: Tensor, scales: Scales, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -87,7 +96,7 @@ def _revive_dead_channels(H: Tensor) -> tuple[Tensor, Tensor]:
     return H + torch.diag(torch.where(dead, mean, torch.zeros_like(diagonal))), dead
 
 
-def _inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int]:
+def _factorize(H: Tensor, damping: float) -> tuple[Tensor, float, int]:
     """Upper triangular U with H^-1 = U^T U, the damping used and the number of failed attempts.
 
     With J the reversal of rows and columns, JHJ = L L^T gives H = R R^T for the upper triangular R = JLJ, hence

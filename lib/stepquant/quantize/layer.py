@@ -1,17 +1,17 @@
 """The arithmetic of one quantized layer; every search and every reported layer error goes through it.
 
-    y = fq(rotate(x / s); clip) @ dequant(Wq).T + (x @ proj_down) @ proj_up.T
+    y = fq(rotate((x - mean) / smooth); clip) @ dequant(codes).T + (x @ proj_down) @ proj_up.T + offset
 
 N rows (all linears of a site stacked), K input channels, rank r, T tokens:
 
-    codes      uint8    [N, K]    4-bit codes of rotate(W*s - (proj_up @ proj_down.T)*s), one code per byte
+    codes      uint8    [N, K]    4-bit codes of what the branch left of the transformed weight, one code per byte
     scales     Scales             of the weight format
-    smooth     bfloat16 [K]       s: the main path sees x/s
+    transform  InputTransform     mean, smooth and rotation (transform.py)
     proj_down  bfloat16 [K, r]    eats the raw, unquantized x
     proj_up    bfloat16 [N, r]
-    rotation   int                block of the Hadamard rotation (rotate.py); 0 is none
+    offset     float32  [N]       what the mean contributes; stored in the bias
 
-The bias is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
+The bias itself is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepquant.formats import Format, Scales
-from stepquant.quantize.rotate import rotate
+from stepquant.quantize.transform import InputTransform
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class LayerFactors:
 
     codes: Tensor
     scales: Scales
-    smooth: Tensor
+    transform: InputTransform
     proj_down: Tensor
     proj_up: Tensor
+    offset: Tensor
     precision: Precision
-    rotation: int = 0
 
 
 def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
@@ -55,13 +55,13 @@ def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponen
 
     clip multiplies each activation group's absmax; exponent_offset is added to its E8M0 exponent (mxfp4, else 0).
     """
-    return main_path(x, factors, clip, exponent_offset) + branch_path(x, factors)
+    return main_path(x, factors, clip, exponent_offset) + exact_path(x, factors)
 
 
 def main_path(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
     """The 4-bit part of the output, float32 [T, N]."""
     precision = factors.precision
-    seen = rotate(x.float() / factors.smooth.float(), factors.rotation)
+    seen = factors.transform.apply(x)
     if precision.activation is not None:
         seen = precision.activation.fake_quantize(
             seen, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding
@@ -69,9 +69,9 @@ def main_path(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_o
     return seen @ precision.weight.decode(factors.codes, factors.scales).T
 
 
-def branch_path(x: Tensor, factors: LayerFactors) -> Tensor:
-    """The low-rank part of the output, float32 [T, N]."""
-    return (x.float() @ factors.proj_down.float()) @ factors.proj_up.float().T
+def exact_path(x: Tensor, factors: LayerFactors) -> Tensor:
+    """The part of the output that no rounding touches: low-rank branch and offset, float32 [T, N]."""
+    return (x.float() @ factors.proj_down.float()) @ factors.proj_up.float().T + factors.offset
 
 
 def relative_error(y: Tensor, reference: Tensor) -> Tensor:

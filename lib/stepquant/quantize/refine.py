@@ -1,54 +1,57 @@
 """Branch and codes in turn: GPTQ rounds what the branch left, the branch is refitted to what rounding lost.
 
-    R   = rotate(W*s - L)            scales by error, Q = GPTQ(R)
-    L'  = argmin ||x/s @ (W*s - rotate(Q) - L').T||   over matrices of the rank, in the norm of the second moments
+    R   = transform(W - branch)             scales, Q = GPTQ(R)
+    L   = argmin ||z @ (W*s - Q - L).T||    over matrices of the rank, for the transformed inputs z
 
 SVDQuant's reference code alternates with rounding to nearest and the plain norm; here both halves minimise the output error.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from stepquant.quantize.gptq import gptq
+from stepquant.formats import Scales
+from stepquant.quantize.gptq import InverseFactor, gptq
 from stepquant.quantize.layer import LayerFactors, Precision
-from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch, weighted_low_rank_factors
-from stepquant.quantize.rotate import rotate, rotate_moments
-from stepquant.quantize.scales import scales_by_error
+from stepquant.quantize.lowrank import stored_branch, weighted_low_rank_factors
+from stepquant.quantize.rotate import rotate
+from stepquant.quantize.transform import InputTransform
 
 
-def refine(
+def rounded_by_gptq(
     W: Tensor,
-    H: Tensor,
-    smooth: Tensor,
-    *,
-    rank: int,
-    rounds: int,
-    damping: float,
-    seed: int,
+    transform: InputTransform,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    factor: InverseFactor,
     precision: Precision,
-    rotation: int,
+    choose_scales: Callable[[Tensor], Scales],
+    *,
+    block_size: int = 128,
 ) -> LayerFactors:
-    """Factors of a layer W [N, K] whose raw input has second moments H [K, K] (mean or sum of x x^T over tokens).
+    """The layer W [N, K] whose residual under a given branch (bfloat16, as stored) is rounded by GPTQ.
 
-    smooth: bfloat16 [K]. rounds: how often the branch is refitted, 0 for GPTQ of the plain residual; 6 refits take 2 to 6 %
-    off the W4A4 error of none. damping: as in `gptq`, and for the refits too. On heavy-tailed layers 0.3 equals the usual
-    0.01 with 16 tokens per column and is 3 to 5 % better with 2; on one block of the demo model, with tokens in plenty,
-    0.01 is 2 % better. rotation: block, 0 is none.
-
-    Raises UserError as `gptq` and `low_rank_factors` do.
+    factor: of the second moments of the transformed input. choose_scales: from the residual [N, K]. Raises UserError as `gptq`.
     """
-    s = smooth.float()
-    Ws, H = W.float() * s, H.float() / s[:, None] / s
-    seen = rotate_moments(H, rotation)  # what the codes meet
-    damped = H + damping * H.diagonal().mean() * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    rest = transform.residual(W, proj_down, proj_up)
+    scales = choose_scales(rest)
+    codes = gptq(rest, factor, scales, precision.weight, block_size=block_size)
+    return LayerFactors(codes, scales, transform, proj_down, proj_up, transform.offset(W, proj_down, proj_up), precision)
 
-    down, up = low_rank_factors(Ws, rank, seed=seed)
-    for left in range(rounds, -1, -1):
-        proj_down, proj_up = stored_branch(down, up, smooth)
-        R = rotate(residual(W, smooth, proj_down, proj_up), rotation)
-        scales = scales_by_error(precision.weight, R)
-        codes = gptq(R, seen, scales, precision.weight, damping=damping, act_order=True).codes
-        if left:
-            Q = rotate(precision.weight.decode(codes, scales), rotation)
-            down, up = weighted_low_rank_factors(Ws - Q, damped, rank, seed=seed)
-    return LayerFactors(codes, scales, smooth, proj_down, proj_up, precision, rotation)
+
+def refit_branch(W: Tensor, factors: LayerFactors, H: Tensor, *, damping: float, seed: int) -> LayerFactors:
+    """The same codes with the branch that is best for them, in the norm of H [K, K], second moments of x - mean.
+
+    The codes stay as they are: they are still those of the old residual. Raises UserError as `weighted_low_rank_factors`.
+    """
+    transform, s = factors.transform, factors.transform.smooth.float()
+    H = H.float() / s[:, None] / s
+    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    # A rotation is its own inverse: this is what the codes stand for in the smoothed space, where the branch lives.
+    rounded = rotate(factors.precision.weight.decode(factors.codes, factors.scales), transform.rotation)
+    rank = factors.proj_down.shape[1]
+    down, up = weighted_low_rank_factors(W.float() * s - rounded, H, rank, seed=seed)
+    proj_down, proj_up = stored_branch(down, up, transform.smooth)
+    return replace(factors, proj_down=proj_down, proj_up=proj_up, offset=transform.offset(W, proj_down, proj_up))

@@ -18,19 +18,18 @@ from stepquant.errors import UserError
 def rotate(x: Tensor, block: int) -> Tensor:
     """x [..., K] with each run of `block` channels rotated, in x's dtype; block 0 leaves x as it is.
 
-    Raises UserError unless block is 0 or a power of two that divides K.
+    Raises UserError as `check_rotation`.
     """
     if block == 0:
         return x
-    K = x.shape[-1]
-    if block < 0 or block.bit_count() != 1 or K % block:
-        raise UserError(f"rotation: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
+    check_rotation(block, x.shape[-1])
     return (x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)).flatten(-2)
 
 
-def rotate_moments(H: Tensor, block: int) -> Tensor:
-    """Second moments [K, K] of rotate(x, block), from those of x."""
-    return rotate(rotate(H, block).T, block)
+def check_rotation(block: int, K: int) -> None:
+    """Raises UserError unless block is 0 or a power of two that divides K."""
+    if block and (block < 0 or block.bit_count() != 1 or K % block):
+        raise UserError(f"rotation: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
 
 
 def hadamard(order: int) -> Tensor:

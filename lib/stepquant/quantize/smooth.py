@@ -13,22 +13,12 @@ from torch import Tensor
 
 from stepquant.formats import weight_scales
 from stepquant.quantize.layer import LayerFactors, Precision, layer_output, relative_error
-from stepquant.quantize.lowrank import low_rank_factors, residual, stored_branch
-from stepquant.quantize.rotate import rotate
+from stepquant.quantize.lowrank import low_rank_factors, stored_branch
+from stepquant.quantize.transform import InputTransform
 
 # Engines quantize nvfp4 activations without a per-tensor scale, so E4M3 group scales must cover them alone: 2^-6 to 448.
 # Smoothed channels that reach 16 put those scales near the middle of that range, whatever the size of x.
 TYPICAL_SPAN = 16.0
-
-
-@dataclass(frozen=True)
-class SmoothingSearch:
-    """The best (alpha, beta), its smoothing factor, and the relative error of every candidate in the order given."""
-
-    smooth: Tensor
-    alpha: float
-    beta: float
-    errors: tuple[float, ...]
 
 
 def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: float) -> Tensor:
@@ -48,45 +38,65 @@ def smoothing_factor(x_span: Tensor, w_span: Tensor, *, alpha: float, beta: floa
     return torch.where(live, log_s + size, torch.zeros_like(log_s)).exp().to(torch.bfloat16)
 
 
-def nearest_factors(
-    W: Tensor, smooth: Tensor, *, rank: int, seed: int, precision: Precision, rotation: int = 0
-) -> LayerFactors:
-    """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K], smooth bfloat16 [K]."""
-    down, up = low_rank_factors(W.float() * smooth.float(), rank, seed=seed)
-    return round_to_nearest(W, smooth, *stored_branch(down, up, smooth), precision, rotation)
+def nearest_factors(W: Tensor, transform: InputTransform, *, rank: int, seed: int, precision: Precision) -> LayerFactors:
+    """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K]."""
+    down, up = low_rank_factors(W.float() * transform.smooth.float(), rank, seed=seed)
+    return round_to_nearest(W, transform, *stored_branch(down, up, transform.smooth), precision)
 
 
-def round_to_nearest(
-    W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor, precision: Precision, rotation: int = 0
-) -> LayerFactors:
+def round_to_nearest(W: Tensor, transform: InputTransform, proj_down: Tensor, proj_up: Tensor, precision: Precision) -> LayerFactors:
     """The layer whose residual under a given branch (bfloat16, as stored) is rounded to nearest."""
-    rest = rotate(residual(W, smooth, proj_down, proj_up), rotation)
+    rest = transform.residual(W, proj_down, proj_up)
     scales = weight_scales(precision.weight, rest, rounding=precision.weight_rounding)
-    return LayerFactors(precision.weight.encode(rest, scales), scales, smooth, proj_down, proj_up, precision, rotation)
+    offset = transform.offset(W, proj_down, proj_up)
+    return LayerFactors(precision.weight.encode(rest, scales), scales, transform, proj_down, proj_up, offset, precision)
 
 
-def search_smoothing(
+@dataclass(frozen=True)
+class TransformSearch:
+    """What a search found, its branch as stored, and the relative error of every candidate, in the order given."""
+
+    transform: InputTransform
+    proj_down: Tensor
+    proj_up: Tensor
+    alpha: float
+    beta: float
+    errors: tuple[float, ...]
+    rotation_errors: tuple[float, ...]
+
+
+def search_transform(
     W: Tensor,
-    x_span: Tensor,
     x: Tensor,
-    candidates: Sequence[tuple[float, float]],
+    x_span: Tensor,
+    mean: Tensor,
+    exponents: Sequence[tuple[float, float]],
+    rotations: Sequence[int],
     *,
     rank: int,
     seed: int,
     precision: Precision,
-) -> SmoothingSearch:
-    """Picks (alpha, beta) by what counts: the error of the layer's output on tokens, branch and both quantizers included.
+) -> TransformSearch:
+    """Picks (alpha, beta), then the rotation, by what counts: the error of the layer's output on tokens, branch and both
+    quantizers included.
 
-    W [N, K] is the stacked weight of the site, x_span [K] as in `smoothing_factor`, x [T, K] the search tokens (raw inputs).
-    The residual is rounded to nearest here, since GPTQ per candidate would cost much. Of equal candidates the first wins.
+    W [N, K] is the stacked weight of the site, x [T, K] the search tokens (raw inputs), x_span [K] as in `smoothing_factor`,
+    mean bfloat16 [K] what is taken off the input. The exponents are compared under the first of the rotations, the other
+    rotations with the best exponents. The residual is rounded to nearest here, since GPTQ per candidate would cost much.
+    Of equal candidates the first wins.
     """
-    reference = x.float() @ W.float().T
-    w_span = W.float().abs().amax(dim=0)
-    factors, errors = [], []
-    for alpha, beta in candidates:
-        smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=beta)
-        layer = nearest_factors(W, smooth, rank=rank, seed=seed, precision=precision)
-        factors.append(smooth)
-        errors.append(relative_error(layer_output(x, layer, 1.0, 0), reference).item())
+    reference, w_span = x.float() @ W.float().T, W.float().abs().amax(dim=0)
+    smooths = [smoothing_factor(x_span, w_span, alpha=alpha, beta=beta) for alpha, beta in exponents]
+    branches = [stored_branch(*low_rank_factors(W.float() * smooth.float(), rank, seed=seed), smooth) for smooth in smooths]
+
+    def error(candidate: int, rotation: int) -> float:
+        transform = InputTransform(smooths[candidate], mean, rotation)
+        layer = round_to_nearest(W, transform, *branches[candidate], precision)
+        return relative_error(layer_output(x, layer, 1.0, 0), reference).item()
+
+    errors = tuple(error(i, rotations[0]) for i in range(len(exponents)))
     best = errors.index(min(errors))
-    return SmoothingSearch(factors[best], *candidates[best], tuple(errors))
+    rotation_errors = (errors[best], *(error(best, rotation) for rotation in rotations[1:]))
+    rotation = rotations[rotation_errors.index(min(rotation_errors))]
+    transform = InputTransform(smooths[best], mean, rotation)
+    return TransformSearch(transform, *branches[best], *exponents[best], errors, rotation_errors)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
+from stepquant.quantize.rotate import check_rotation, rotate
 
 
 class W4A4Linear(nn.Linear):
@@ -21,8 +22,9 @@ class W4A4Linear(nn.Linear):
     of x; scales, smoothing and rounding are computed in float32. Buffers are uninitialized until tensors are loaded.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, settings: QuantizationSettings, device):
-        """settings say the formats, rank and bins. Raises UserError if a format's group does not divide in_features."""
+    def __init__(self, in_features: int, out_features: int, bias: bool, settings: QuantizationSettings, device, rotation: int = 0):
+        """settings say the formats, rank and bins; rotation is this linear's own. Raises UserError if a format's group or the
+        rotation does not divide in_features."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate the float weight
         self.in_features = in_features
         self.out_features = out_features
@@ -30,6 +32,9 @@ class W4A4Linear(nn.Linear):
         self.activation_format = None if settings.activation_format is None else get_format(settings.activation_format)
         self.activation_rounding = settings.activation_rounding
         self.rank = settings.rank
+        self.centred = settings.centred
+        self.rotation = rotation
+        check_rotation(rotation, in_features)
         for fmt in (self.weight_format, self.activation_format):
             if fmt is not None:
                 check_groups(in_features, fmt, "linear input")
@@ -47,8 +52,9 @@ class W4A4Linear(nn.Linear):
         return y
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x / smooth_factor as the 4-bit GEMM sees it, with the clip of the current bin; x's shape and dtype."""
-        smoothed = x.float() / self.smooth_factor.float()
+        """The transformed x as the 4-bit GEMM sees it, with the clip of the current bin; x's shape and dtype."""
+        x32 = x.float() - self.mean.float() if self.centred else x.float()
+        smoothed = rotate(x32 / self.smooth_factor.float(), self.rotation)
         if self.activation_format is None:
             return smoothed.to(x.dtype)
         # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
@@ -69,4 +75,4 @@ class W4A4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         activation = self.activation_format.name if self.activation_format else "unquantized"
-        return f"{super().extra_repr()}, weight={self.weight_format.name}, activation={activation}, rank={self.rank}"
+        return f"{super().extra_repr()}, weight={self.weight_format.name}, activation={activation}, rank={self.rank}, rotation={self.rotation}"

@@ -1,0 +1,77 @@
+"""What is done to a layer's input: exact without quantization, second moments as measured, and worth it where it should be."""
+
+import pytest
+import torch
+
+from stepquant.formats import get_format
+from stepquant.quantize.layer import Precision, layer_output, relative_error
+from stepquant.quantize.lowrank import low_rank_factors, stored_branch
+from stepquant.quantize.smooth import nearest_factors, smoothing_factor
+from stepquant.quantize.transform import InputTransform, centred_moments
+
+FORMATS = ["int4", "mxfp4", "nvfp4"]
+
+
+def smoothing_of(W, x):
+    return smoothing_factor(x.square().mean(0).sqrt(), W.abs().amax(0), alpha=0.7, beta=0.3)
+
+
+def held_out_error(W, x, transform, name):
+    fmt = get_format(name)
+    factors = nearest_factors(W, transform, rank=8, seed=0, precision=Precision(fmt, "ceil", fmt, "ceil"))
+    return relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item()
+
+
+@pytest.mark.parametrize("rotation", [0, 32, 128])
+def test_without_quantization_nothing_changes(layer, rotation):
+    W, x = layer
+    smooth = smoothing_of(W, x)
+    transform = InputTransform(smooth, (x.mean(0) + 1).bfloat16(), rotation)
+    branch = stored_branch(*low_rank_factors(W * smooth.float(), 8, seed=0), smooth)
+    y = transform.apply(x) @ transform.residual(W, *branch).T + x @ branch[0].float() @ branch[1].float().T
+    torch.testing.assert_close(y + transform.offset(W, *branch), x @ W.T, rtol=0, atol=1e-5 * x.abs().max().item())
+
+
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_moments_are_those_of_the_transformed_input(layer, rotation):
+    W, x = layer
+    mean = x[:100].mean(0).bfloat16()
+    transform = InputTransform(smoothing_of(W, x), mean, rotation)
+    centred, z = x - mean.float(), transform.apply(x)
+    expected = z.T @ z
+    torch.testing.assert_close(transform.moments(centred.T @ centred), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_centred_moments_of_two_bins(layer):
+    bins = [layer[1][:256].double(), layer[1][256:].double() + 3]
+    means = torch.stack([x.mean(0) for x in bins])
+    mean = (means.mean(0) + 0.1).bfloat16()
+    H = torch.cat(bins).T @ torch.cat(bins) / 512
+    centred = torch.cat(bins) - mean.double()
+    torch.testing.assert_close(centred_moments(H, means, mean), centred.T @ centred / 512, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_at_the_mean_is_exact(layer, name):
+    """x - mean = 0 has no rounding error: branch and offset alone give x @ W.T."""
+    W, x = layer
+    mean = (5 * x[:1]).bfloat16()
+    assert held_out_error(W, mean.float(), InputTransform(smoothing_of(W, x), mean[0], 0), name) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_centring_pays_where_channels_have_means(layer, name):
+    W, x = layer
+    x = x + 2 * x.std(0) * torch.randn(128, generator=torch.Generator().manual_seed(4))
+    train, held_out = x[:256], x[256:]
+    mean = train.mean(0).bfloat16()
+    plain = InputTransform.smoothing(smoothing_of(W, train))
+    centred = InputTransform(smoothing_of(W, train - mean.float()), mean, 0)
+    assert held_out_error(W, held_out, centred, name) < 0.8 * held_out_error(W, held_out, plain, name)
+
+
+def test_rotation_pays_for_int4(layer):
+    W, x = layer
+    smooth = smoothing_of(W, x[:256])
+    plain, rotated = (held_out_error(W, x[256:], InputTransform(smooth, torch.zeros_like(smooth), block), "int4") for block in (0, 64))
+    assert rotated < 0.9 * plain

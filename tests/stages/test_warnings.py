@@ -1,0 +1,14 @@
+"""What a stage says without giving up."""
+
+HIGH = ("--expert", "high_noise")
+
+
+def test_few_tokens_per_column_are_warned_of(folder):
+    """One prompt, one call: 16 text tokens, and 2 x 4 x 4 patches, for 256 channels; for ffn.down 1,024."""
+    folder.finish("lowrank", *HIGH)
+    result = folder.run("gptq", *HIGH)
+    assert result.exit_code == 0
+    warnings = [line for line in result.output.splitlines() if "tokens per column" in line]
+    remedy = "calibration tokens per column, fewer than 4; raise trajectories.calibration_prompts, or gptq.damping (0.1 to 0.5)"
+    sites = {"attn1.qkv": 0.1, "attn1.out": 0.1, "attn2.q": 0.1, "attn2.kv": 0.1, "attn2.out": 0.1, "ffn.up": 0.1, "ffn.down": 0.0}
+    assert warnings == [f"warning: gptq@high_noise {site}: {tokens} {remedy}" for site, tokens in sites.items()]
