@@ -17,7 +17,6 @@ from stepquant.quantize.gptq import inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision
 from stepquant.quantize.refine import refit_branch, rounded_by_gptq
 from stepquant.quantize.scales import scales_by_error
-from stepquant.quantize.transform import centred_moments
 
 READS = ("compute", "format", "lowrank", "gptq")
 FEW_TOKENS = 4  # per column
@@ -41,7 +40,7 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
     """Packed codes [N, K/2] and scales of one site's residual, and the branch that goes with them."""
     settings, precision = stage["gptq"], precision_of(stage["format"])
     W, activations, transform = block.weight(site), block.activations(site), site_transform(block, site)
-    H = centred_moments(activations.second_moment, activations.mean, transform.mean)
+    H = activations.second_moment_about(transform.mean)
     factor = inverse_factor(transform.moments(H), damping=settings.damping, act_order=settings.act_order)
     if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"

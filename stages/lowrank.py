@@ -11,7 +11,6 @@ from stages.expert import check_expert
 from stepquant.commands import command, main
 from stepquant.models.sites import Site
 from stepquant.quantize.smooth import search_transform
-from stepquant.quantize.transform import centred_moments
 
 READS = ("compute", "format", "smooth", "centre", "rotate", "lowrank")
 
@@ -40,8 +39,7 @@ def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record
     mean = mean.to(torch.bfloat16)
     span = activations.absmax.amax(0)
     if settings.span == "rms":
-        # Rounding can leave a dead channel a little below zero.
-        span = centred_moments(activations.second_moment, activations.mean, mean).diagonal().clamp(min=0).sqrt()
+        span = activations.second_moment_about(mean).diagonal().clamp(min=0).sqrt()  # float32 may end just below zero
     alphas = settings.candidates if settings.alpha == "search" else [settings.alpha]
     exponents = [(alpha, 1 - alpha if settings.beta is None else settings.beta) for alpha in alphas]
     rotations = stage["rotate"].blocks

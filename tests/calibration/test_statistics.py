@@ -63,8 +63,18 @@ def test_the_second_moment_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x)
     per_bin = [tokens_of(x, "calibration", b) for b in range(3)]
     assert [len(tokens) for tokens in per_bin] == [40, 160, 40]
     expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
-    assert torch.allclose(found.second_moment.double(), expected, rtol=0, atol=1e-6)
+    assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), expected, rtol=0, atol=1e-6)
     assert found.second_moment.dtype == torch.float32
+
+
+def test_second_moments_about_a_point(tmp_path, x):
+    """Also where the mean is 10,000 times the spread, which float32 squares would not survive."""
+    x = x + 1e4
+    found = collect(tmp_path, x, BINS, chunk=5)
+    point = found.mean.mean(0) + 0.1
+    per_bin = [tokens_of(x, "calibration", b) - point.double() for b in range(3)]
+    expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
+    assert torch.allclose(found.second_moment_about(point).double(), expected, rtol=0, atol=2e-3)
 
 
 def test_absmax_and_mean_are_per_bin(tmp_path, x):
@@ -133,7 +143,7 @@ def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
     once = {(c.prompt, c.branch): text[i].double() for i, c in enumerate(CALLS)}
     tokens = torch.cat([once[p, branch] for p in ("dog", "car") for branch in (0, 1)])
     assert open_group(tmp_path).attrs["tokens"] == [40]
-    assert torch.allclose(found.second_moment.double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6)
+    assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6)
     assert torch.equal(found.absmax.double(), tokens.abs().amax(0)[None])
     assert torch.allclose(found.mean.double(), tokens.mean(0)[None], rtol=0, atol=1e-6)
     assert len(found.search) == len(found.heldout) == 1
@@ -147,7 +157,7 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
     rows_in(found.search[1], tokens_of(x, "calibration", 1))
     assert open_group(tmp_path)["search.1"].dtype == "uint16"
     tokens = [tokens_of(x, "calibration", b) for b in range(3)]
-    assert torch.allclose(found.second_moment.double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
+    assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -2,7 +2,10 @@
 
 One Zarr group per block and site (B bins, K channels); nothing of a held-out prompt enters anything but `heldout.*`:
 
-    second_moment [K, K] float32     mean over bins of the bin's mean x xᵀ (each bin counts the same, however many steps it has)
+    shift         [K] float32        about where x lies: the channel means of the first calibration call
+    second_moment [K, K] float32     mean over bins of the bin's mean (x - shift)(x - shift)ᵀ (each bin counts the same, however many
+                                     steps it has); about the shift, because where channels hardly leave their mean, float32
+                                     would lose what they do in the square of the mean
     absmax        [B, K] float32     largest |x| per channel
     mean          [B, K] float32     mean of x per channel
     search.<bin>  [S, K]             a seeded sample of calibration tokens, without replacement
@@ -22,11 +25,18 @@ from stepquant.calibration.arrays import open_group, read_tensor
 class Activations:
     """One site's statistics; see the header for shapes. search and heldout: one tensor per bin."""
 
+    shift: torch.Tensor
     second_moment: torch.Tensor
     absmax: torch.Tensor
     mean: torch.Tensor
     search: list[torch.Tensor]
     heldout: list[torch.Tensor]
+
+    def second_moment_about(self, point: torch.Tensor) -> torch.Tensor:
+        """Mean of (x - point)(x - point)ᵀ, float32 [K, K], each bin weighing the same; about 0 it is that of x itself."""
+        move, average = point.float() - self.shift, self.mean.mean(0) - self.shift
+        cross = average[:, None] * move
+        return self.second_moment - cross - cross.T + move[:, None] * move
 
 
 def read_activations(folder: Path, device: str) -> Activations:
@@ -38,7 +48,7 @@ def read_activations(folder: Path, device: str) -> Activations:
         return read_tensor(group, name).to(device, torch.float32)
 
     return Activations(
-        load("second_moment"), load("absmax"), load("mean"),
+        load("shift"), load("second_moment"), load("absmax"), load("mean"),
         [load(f"search.{b}") for b in range(bins)], [load(f"heldout.{b}") for b in range(bins)],
     )
 

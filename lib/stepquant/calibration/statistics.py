@@ -79,6 +79,7 @@ class SiteStatistics:
 
     def __init__(self, channels: int, plan: SitePlan, device: str, where: str):
         self.plan, self.where = plan, where
+        self.shift: torch.Tensor | None = None
         self.second_moment = torch.zeros(channels, channels, device=device)
         self.absmax = torch.zeros(plan.bins, channels, device=device)
         self.total = torch.zeros(plan.bins, channels, device=device)
@@ -101,7 +102,10 @@ class SiteStatistics:
                 self._accumulate(tokens.float(), b, self.plan.weight[i])
 
     def _accumulate(self, tokens: torch.Tensor, b: int, weight: float) -> None:
-        self.second_moment.addmm_(tokens.T, tokens, alpha=weight)
+        if self.shift is None:
+            self.shift = tokens.mean(0)
+        centred = tokens - self.shift
+        self.second_moment.addmm_(centred.T, centred, alpha=weight)
         torch.maximum(self.absmax[b], tokens.abs().amax(0), out=self.absmax[b])
         self.total[b] += tokens.sum(0)
         self.tokens[b] += len(tokens)
@@ -109,6 +113,6 @@ class SiteStatistics:
     def write(self, folder: Path) -> None:
         """Write the group described above."""
         counts = torch.tensor(self.tokens, device=self.total.device).unsqueeze(1)
-        tensors = {"second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
+        tensors = {"shift": self.shift, "second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
         tensors |= {name: torch.cat(parts) for name, parts in self.samples.items()}
         write_group(folder, tensors, {"tokens": self.tokens})

@@ -51,10 +51,3 @@ class InputTransform:
         """What the mean contributes to the output, float32 [N]: mean @ (W - branch).T."""
         mean = self.mean.float()
         return mean @ W.float().T - (mean @ proj_down.float()) @ proj_up.float().T
-
-
-def centred_moments(H: Tensor, means: Tensor, mean: Tensor) -> Tensor:
-    """Second moments [K, K] of x - mean, from those of x and the means [bins, K] of x; in both each bin weighs the same."""
-    average, mean = means.mean(0), mean.float()
-    cross = average[:, None] * mean
-    return H - cross - cross.T + mean[:, None] * mean
