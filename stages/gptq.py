@@ -62,7 +62,7 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
 
 
 def warn_of_few_tokens(expert: str, site: Site) -> None:
-    """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/calibration.md)."""
+    """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/recipe.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
         remedy = "raise trajectories.calibration_prompts, or gptq.damping (0.1 to 0.5)"

@@ -4,9 +4,9 @@
 
 The Sylvester matrix of order b divided by sqrt(b) is symmetric and orthogonal, so a rotation is its own inverse.
 
-What it is worth depends on the site: on heavy-tailed layers 30 % less W4A4 error for int4, 15 % for mxfp4, nothing for nvfp4
-(as MR-GPTQ, arXiv 2509.23202, explains); on one block of the demo model, for int4 and mxfp4, 10 to 15 % at `ffn.down` and
-nothing or a loss elsewhere.
+What it is worth depends on format and site: on heavy-tailed layers a third less W4A4 error for int4, 14 % for mxfp4, nothing for
+nvfp4 (as MR-GPTQ, arXiv 2509.23202, explains); on the demo model 30 % at `ffn.down` in int4, and little or a loss elsewhere,
+so it is chosen per site (docs/recipe.md).
 """
 
 import torch

@@ -1,0 +1,106 @@
+"""Layers to quantize: seeded ones, and real sites from the pipeline's artifacts.
+
+Either way y = x @ W.T, x [T, K], W [N, K]; what calibration knows and the held-out tokens come from different draws or prompts.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.blocks import Block
+from stages.common import read_json
+from stages.expert import open_expert
+from stepquant.calibration.activations import Activations
+from stepquant.models.sites import WAN_SITES
+from stepquant.params import Compute
+
+HELD_OUT = 4096
+SEARCH = 2048
+
+
+@dataclass(frozen=True)
+class Layer:
+    """group: what is averaged over; name: this one. W float32 [N, K].
+
+    activations: makes or reads the statistics of the calibration tokens, and the held-out tokens, per timestep bin.
+    calibration: the tokens [T, K] behind them, None where only the statistics were kept.
+    """
+
+    group: str
+    name: str
+    W: Tensor
+    activations: Callable[[], Activations]
+    calibration: Tensor | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of layer. tail: degrees of freedom of Student's t, per value or per token; outliers: share of the channels,
+    larger by gain; shift: size of the channel means, relative to the channel's spread."""
+
+    tail: float
+    per_token: bool
+    outliers: float
+    gain: float
+    shift: float
+
+
+KINDS = {
+    "heavy": Kind(tail=4.0, per_token=False, outliers=0.01, gain=30.0, shift=0.0),
+    "tokens": Kind(tail=4.0, per_token=True, outliers=0.01, gain=30.0, shift=0.0),
+    "mild": Kind(tail=30.0, per_token=False, outliers=0.0, gain=1.0, shift=0.0),
+    "shifted": Kind(tail=6.0, per_token=True, outliers=0.01, gain=10.0, shift=1.0),
+}
+
+
+def seeded_layer(kind: str, width: int, seed: int, tokens_per_column: int) -> Layer:
+    """A width x width layer: W Gaussian plus a rank-16 part; x of correlated channels, lognormal in size, with outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    W = _randn(generator, width, width) / width**0.5
+    W += 0.7 * _randn(generator, width, 16) @ _randn(generator, 16, width) / (16 * width) ** 0.5
+    x = _tokens(KINDS[kind], width, tokens_per_column * width + HELD_OUT, generator)
+    calibration, held_out = x[:-HELD_OUT], x[-HELD_OUT:]
+    return Layer(f"{kind} {width}", f"seed {seed}", W, partial(_statistics, calibration, held_out), calibration)
+
+
+def _tokens(kind: Kind, width: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """x [tokens, width]; half of a channel's variance is shared with the others through width / 4 latent ones."""
+    latent = width // 4
+    x = _randn(generator, tokens, latent) @ _randn(generator, latent, width) / latent**0.5
+    x = 0.5**0.5 * (x + _randn(generator, tokens, width))
+    # Student's t: a normal over the root of a mean of squares (a chi-square of `tail` degrees, drawn as a gamma).
+    shape = torch.full((tokens, 1 if kind.per_token else width), kind.tail / 2)
+    x /= (torch._standard_gamma(shape, generator=generator) * 2 / kind.tail).sqrt_()
+    x += kind.shift * _randn(generator, width)
+    x *= (0.5 * _randn(generator, width)).exp()
+    x[:, torch.randperm(width, generator=generator)[: int(kind.outliers * width)]] *= kind.gain
+    return x
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _statistics(calibration: Tensor, held_out: Tensor) -> Activations:
+    """What capture would keep of one timestep bin."""
+    absmax, mean = calibration.abs().amax(0), calibration.mean(0)
+    centred = calibration - mean
+    H = centred.T @ centred / len(centred)
+    return Activations(mean, H, absmax[None], mean[None], [calibration[:SEARCH]], [held_out])
+
+
+def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
+    """Every site of some blocks of every expert, from the folder that holds `artifacts` and the model they were made of."""
+    manifest = read_json(root / "artifacts/model/manifest.json")
+    manifest["source"] = str(root / manifest["source"])
+    compute = Compute(device="cpu", dtype="float32", threads=1)
+    for expert in manifest["experts"]:
+        model = open_expert(manifest, expert, compute)
+        for index in blocks:
+            block = Block(index, model, {"activations": root / f"artifacts/activations/{expert}.zarr"})
+            for site in WAN_SITES:
+                yield Layer(expert, f"{index} {site.name}", block.weight(site), partial(block.activations, site), None)
