@@ -1,0 +1,67 @@
+"""How much calibration is enough: the layer error on held-out tokens as one parameter of calibration grows.
+
+    python benchmarks/calibration.py trajectories.calibration_prompts 1 2 4 8
+    python benchmarks/calibration.py capture.search_tokens 32 64 128 256 512
+
+Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value; the held-out prompts stay the same.
+Prints the geometric mean over sites, blocks and bins per expert, and per kind of site.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.checkout import Checkout, temporary_checkout
+from stages import artifacts
+from stages.common import read_json
+from stages.evaluate import layer_errors
+from stepquant.evaluate.layers import LayerError
+from stepquant.params import section
+
+VARIANT = "full"
+
+
+def layer_errors_of(checkout: Checkout) -> list[LayerError]:
+    """The held-out error of every packed layer."""
+    checkout.repro(f"pack@{VARIANT}")
+    os.chdir(checkout.root)
+    compute = section(Path("params.yaml"), "compute")
+    torch.set_num_threads(compute.threads)
+    return list(layer_errors({"compute": compute}, read_json(artifacts.MODEL), VARIANT))
+
+
+def means(errors: Iterable[LayerError]) -> dict[str, float]:
+    """Geometric means: of each expert, then of each kind of site over both experts."""
+    groups: dict[str, list[float]] = {}
+    for error in errors:
+        groups.setdefault(error.expert, []).append(error.error)
+    for error in errors:
+        groups.setdefault(error.site, []).append(error.error)
+    return {name: geometric_mean(values) for name, values in groups.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("key", help="a parameter of calibration, such as trajectories.calibration_prompts")
+    parser.add_argument("values", nargs="+", type=yaml.safe_load)
+    arguments = parser.parse_args()
+    with temporary_checkout() as checkout:
+        for i, value in enumerate(arguments.values):
+            checkout.set(arguments.key, value)
+            found = means(layer_errors_of(checkout))
+            if i == 0:
+                print(f"| {arguments.key} | {' | '.join(found)} |\n{'|---' * (len(found) + 1)}|")
+            print(f"| {value} | {' | '.join(f'{error:.4f}' for error in found.values())} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
