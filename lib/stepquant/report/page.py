@@ -28,7 +28,7 @@ VARIANTS = {
     "bf16": "The source model, the reference of everything else.",
     "w4a16": "4-bit weights, activations left in BF16: what the weights alone cost.",
     "rtn": "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
-    "svdquant": "Inputs centred, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) that takes the outliers of the weights.",
+    "svdquant": "Inputs centred, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
     "svdquant_gptq": "The same, with what the branch leaves rounded by GPTQ, and the branch refitted to what that lost.",
     "one_clip": "svdquant_gptq, and one activation clip per site for the whole trajectory.",
     "full": "svdquant_gptq, and an activation clip per site and timestep bin.",
