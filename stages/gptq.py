@@ -15,7 +15,7 @@ from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.quantize.gptq import inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision
-from stepquant.quantize.refine import refit_branch, rounded_by_gptq
+from stepquant.quantize.refine import refit_branch, refit_norm, rounded_by_gptq
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
@@ -51,10 +51,11 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
         return rounded_by_gptq(W, transform, proj_down, proj_up, factor, precision, choose, block_size=settings.block_size)
 
     layer = rounded(*site_branch(block, site, "lowrank"))
-    for i in range(settings.refits if stage["lowrank"].rank else 0):
-        if i > 0:
-            layer = rounded(layer.proj_down, layer.proj_up)
-        layer = refit_branch(W, layer, H, damping=factor.damping, seed=stage["lowrank"].seed)
+    if settings.refits and stage["lowrank"].rank:
+        norm = refit_norm(H, transform, damping=factor.damping)
+        layer = refit_branch(W, layer, norm, seed=stage["lowrank"].seed)
+        for _ in range(settings.refits - 1):
+            layer = refit_branch(W, rounded(layer.proj_down, layer.proj_up), norm, seed=stage["lowrank"].seed)
     factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "proj_down": layer.proj_down, "proj_up": layer.proj_up}
     if layer.scales.tensor is not None:
         factors["tensor_scale"] = layer.scales.tensor

@@ -24,25 +24,19 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
 
     Raises UserError if the rank is negative or larger than the matrix allows.
     """
-    if not 0 <= rank <= min(W.shape):
-        raise UserError(
-            f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}"
-        )
-    U, S, Vh = _truncated_svd(W.float(), rank, seed)
-    root = S.sqrt()
-    return root[:, None] * Vh, U * root
+    _check_rank(W, rank)
+    return _balanced(*_truncated_svd(W.float(), rank, seed))
 
 
-def weighted_low_rank_factors(W: Tensor, H: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, as `low_rank_factors`.
+def weighted_low_rank_factors(W: Tensor, C: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H = C C^T.
 
-    With H [K, K] the (damped) second moments of x, this is the error of x @ L.T on those tokens, not that of the weight:
-    for H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040). Raises UserError if H is not positive definite.
+    C float32 [K, K], lower triangular: the Cholesky factor of the (damped) second moments of x, so that this is the error of
+    x @ L.T on those tokens, not that of the weight. It is the plain problem for W C (QERA, arXiv 2410.06040).
+    Shapes and errors as in `low_rank_factors`.
     """
-    C, info = torch.linalg.cholesky_ex(H.float())
-    if info != 0:
-        raise UserError("low-rank branch: second moments are not positive definite; raise gptq.damping or capture more tokens")
-    down, up = low_rank_factors(W.float() @ C, rank, seed=seed)
+    _check_rank(W, rank)
+    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, C))
     return torch.linalg.solve_triangular(C, down, upper=False, left=False), up
 
 
@@ -56,20 +50,38 @@ def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> T
     return (W.float() - proj_up.float() @ proj_down.float().T) * smooth.float()
 
 
-def _truncated_svd(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomized SVD with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+def _check_rank(W: Tensor, rank: int) -> None:
+    if not 0 <= rank <= min(W.shape):
+        raise UserError(f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}")
 
-    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds. Where the sketch would hold a good
-    part of the matrix nothing is saved, and the SVD is exact.
+
+def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """(down, up) with the singular values shared evenly."""
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def _truncated_svd(W: Tensor, rank: int, seed: int, C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomized SVD of W, or of W C, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W C is only ever applied to thin
+    matrices, never formed. Where the sketch would hold a good part of the matrix nothing is saved, and the SVD is exact.
     """
     if 8 * (rank + OVERSAMPLING) >= min(W.shape):
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(W if C is None else W @ C, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
+
+    def apply(thin: Tensor) -> Tensor:
+        return W @ thin if C is None else W @ (C @ thin)
+
+    def apply_transposed(thin: Tensor) -> Tensor:
+        return W.T @ thin if C is None else C.T @ (W.T @ thin)
+
     # Drawn on the CPU, so that a GPU sees the same sketch.
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(W.shape[1], rank + OVERSAMPLING, generator=generator).to(W)
-    Q = torch.linalg.qr(W @ sketch).Q
+    Q = torch.linalg.qr(apply(sketch)).Q
     for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+        Q = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(Q)).Q)).Q
+    U, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
     return Q @ U[:, :rank], S[:rank], Vh[:rank]
