@@ -37,7 +37,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:
-    """Packed codes [N, K/2] and scales of one site's residual, and the branch that goes with them."""
+    """Packed codes [N, K/2] and scales of one site's residual, the branch that goes with them, and what the mean contributes [N]."""
     settings, precision = stage["gptq"], precision_of(stage["format"])
     W, activations, transform = block.weight(site), block.activations(site), site_transform(block, site)
     H = activations.second_moment_about(transform.mean)
@@ -56,7 +56,8 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
         layer = refit_branch(W, layer, norm, seed=stage["lowrank"].seed)
         for _ in range(settings.refits - 1):
             layer = refit_branch(W, rounded(layer.proj_down, layer.proj_up), norm, seed=stage["lowrank"].seed)
-    factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "proj_down": layer.proj_down, "proj_up": layer.proj_up}
+    factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "offset": layer.offset}
+    factors |= {"proj_down": layer.proj_down, "proj_up": layer.proj_up}
     if layer.scales.tensor is not None:
         factors["tensor_scale"] = layer.scales.tensor
     return factors, {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
