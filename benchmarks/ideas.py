@@ -245,6 +245,7 @@ IDEAS: dict[str, Recipe] = {
     "branch_against_noise": branch_against_noise,
     "noisy_moments": noisy_moments,
     "gptaq": gptaq,
+    "refits_12": changed(gptq={"refits": 12}),
     "damping_0.1": changed(gptq={"damping": 0.1}),
     "damping_0.5": changed(gptq={"damping": 0.5}),
     "damping_per_site": damping_per_site,
