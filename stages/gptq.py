@@ -15,7 +15,7 @@ from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.quantize.gptq import inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision
-from stepquant.quantize.refine import refit_branch, refit_norm, rounded_by_gptq
+from stepquant.quantize.refine import refit_branch, rounded_by_gptq
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
@@ -40,8 +40,9 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
     """Packed codes [N, K/2] and scales of one site's residual, the branch that goes with them, and what the mean contributes [N]."""
     settings, precision = stage["gptq"], precision_of(stage["format"])
     W, activations, transform = block.weight(site), block.activations(site), site_transform(block, site)
-    H = activations.second_moment_about(transform.mean)
-    factor = inverse_factor(transform.moments(H), damping=settings.damping, act_order=settings.act_order)
+    H = transform.moments(activations.second_moment_about(transform.mean))
+    factor = inverse_factor(H, damping=settings.damping, act_order=settings.act_order)
+    del H  # at 13,824 columns each of these takes 0.76 GB
     if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"
         warn(f"{where}: Cholesky failed {factor.retries} times; damping raised to {factor.damping:g}")
@@ -51,11 +52,10 @@ def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Fac
         return rounded_by_gptq(W, transform, proj_down, proj_up, factor, precision, choose, block_size=settings.block_size)
 
     layer = rounded(*site_branch(block, site, "lowrank"))
-    if settings.refits and stage["lowrank"].rank:
-        norm = refit_norm(H, transform, damping=factor.damping)
-        layer = refit_branch(W, layer, norm, seed=stage["lowrank"].seed)
-        for _ in range(settings.refits - 1):
-            layer = refit_branch(W, rounded(layer.proj_down, layer.proj_up), norm, seed=stage["lowrank"].seed)
+    for i in range(settings.refits if stage["lowrank"].rank else 0):
+        if i > 0:
+            layer = rounded(layer.proj_down, layer.proj_up)
+        layer = refit_branch(W, layer, factor, seed=stage["lowrank"].seed)
     factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "offset": layer.offset}
     factors |= {"proj_down": layer.proj_down, "proj_up": layer.proj_up}
     if layer.scales.tensor is not None:

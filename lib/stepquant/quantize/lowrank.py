@@ -28,16 +28,16 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     return _balanced(*_truncated_svd(W.float(), rank, seed))
 
 
-def weighted_low_rank_factors(W: Tensor, C: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H = C C^T.
+def weighted_low_rank_factors(W: Tensor, U: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H^-1 = U^T U.
 
-    C float32 [K, K], lower triangular: the Cholesky factor of the (damped) second moments of x, so that this is the error of
-    x @ L.T on those tokens, not that of the weight. It is the plain problem for W C (QERA, arXiv 2410.06040).
+    U float32 [K, K], upper triangular, as GPTQ factors the (damped) second moments of x: this is the error of x @ L.T on those
+    tokens, not that of the weight. With the root C = U^-1 of H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040).
     Shapes and errors as in `low_rank_factors`.
     """
     _check_rank(W, rank)
-    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, C))
-    return torch.linalg.solve_triangular(C, down, upper=False, left=False), up
+    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, U))
+    return down @ U, up
 
 
 def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,21 +61,22 @@ def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh, U * root
 
 
-def _truncated_svd(W: Tensor, rank: int, seed: int, C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomized SVD of W, or of W C, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+def _truncated_svd(W: Tensor, rank: int, seed: int, U: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomized SVD of W, or of W U^-1, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
-    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W C is only ever applied to thin
+    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W U^-1 is only ever applied to thin
     matrices, never formed. Where the sketch would hold a good part of the matrix nothing is saved, and the SVD is exact.
     """
     if 8 * (rank + OVERSAMPLING) >= min(W.shape):
-        U, S, Vh = torch.linalg.svd(W if C is None else W @ C, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
+        dense = W if U is None else torch.linalg.solve_triangular(U, W, upper=True, left=False)
+        left, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+        return left[:, :rank], S[:rank], Vh[:rank]
 
     def apply(thin: Tensor) -> Tensor:
-        return W @ thin if C is None else W @ (C @ thin)
+        return W @ (thin if U is None else torch.linalg.solve_triangular(U, thin, upper=True))
 
     def apply_transposed(thin: Tensor) -> Tensor:
-        return W.T @ thin if C is None else C.T @ (W.T @ thin)
+        return W.T @ thin if U is None else torch.linalg.solve_triangular(U.T, W.T @ thin, upper=False)
 
     # Drawn on the CPU, so that a GPU sees the same sketch.
     generator = torch.Generator().manual_seed(seed)
@@ -83,5 +84,5 @@ def _truncated_svd(W: Tensor, rank: int, seed: int, C: Tensor | None = None) -> 
     Q = torch.linalg.qr(apply(sketch)).Q
     for _ in range(POWER_ITERATIONS):
         Q = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(Q)).Q)).Q
-    U, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
-    return Q @ U[:, :rank], S[:rank], Vh[:rank]
+    left, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
+    return Q @ left[:, :rank], S[:rank], Vh[:rank]

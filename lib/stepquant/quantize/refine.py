@@ -9,10 +9,8 @@ SVDQuant's reference code alternates with rounding to nearest and the plain norm
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
 from stepquant.formats import Scales
 from stepquant.quantize.gptq import InverseFactor, gptq
 from stepquant.quantize.layer import LayerFactors, Precision
@@ -42,30 +40,16 @@ def rounded_by_gptq(
     return LayerFactors(codes, scales, transform, proj_down, proj_up, transform.offset(W, proj_down, proj_up), precision)
 
 
-def refit_norm(H: Tensor, transform: InputTransform, *, damping: float) -> Tensor:
-    """The norm of `refit_branch`, made once for any number of refits: Cholesky factor [K, K], lower triangular, of the damped
-    second moments in the smoothed space, where the branch lives. H [K, K]: second moments of x - mean.
-
-    Raises UserError if they are not positive definite.
-    """
-    s = transform.smooth.float()
-    H = H.float() / s[:, None] / s
-    H.diagonal().add_(damping * H.diagonal().mean())
-    C, info = torch.linalg.cholesky_ex(H)
-    if info != 0:
-        raise UserError("low-rank branch: second moments are not positive definite; raise gptq.damping or capture more tokens")
-    return C
-
-
-def refit_branch(W: Tensor, factors: LayerFactors, C: Tensor, *, seed: int) -> LayerFactors:
-    """The same codes with the branch that is best for them, in the norm of C, from `refit_norm`.
+def refit_branch(W: Tensor, factors: LayerFactors, factor: InverseFactor, *, seed: int) -> LayerFactors:
+    """The same codes with the branch that is best for them, in the norm of the second moments that `factor` is of.
 
     The codes stay as they are: they are still those of the old residual. Raises UserError as `weighted_low_rank_factors`.
     """
     transform = factors.transform
-    # A rotation is its own inverse: this is what the codes stand for in the smoothed space.
-    rounded = rotate(factors.precision.weight.decode(factors.codes, factors.scales), transform.rotation)
-    lost = W.float() * transform.smooth.float() - rounded
-    down, up = weighted_low_rank_factors(lost, C, factors.proj_down.shape[1], seed=seed)
+    lost = rotate(W.float() * transform.smooth.float(), transform.rotation)
+    lost -= factors.precision.weight.decode(factors.codes, factors.scales)
+    down, up = weighted_low_rank_factors(lost[:, factor.order], factor.U, factors.proj_down.shape[1], seed=seed)
+    # Back from the order that GPTQ visits columns in, and from the rotated space (a rotation is its own inverse).
+    down = rotate(down[:, factor.order.argsort()], transform.rotation)
     proj_down, proj_up = stored_branch(down, up, transform.smooth)
     return replace(factors, proj_down=proj_down, proj_up=proj_up, offset=transform.offset(W, proj_down, proj_up))
