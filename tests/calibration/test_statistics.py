@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stepquant.calibration import statistics
 from stepquant.calibration.activations import read_activations, site_folder
 from stepquant.calibration.arrays import open_group
 from stepquant.calibration.statistics import SiteStatistics, plan_site
@@ -37,11 +38,11 @@ def text():
 def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES):
     """Run the calls through SiteStatistics in chunks, write, and read back."""
     plan = plan_site(CALLS, bins, TOKENS, samples, seed)
-    statistics = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
+    site = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
     for start in range(0, len(CALLS), chunk):
         positions = range(start, min(start + chunk, len(CALLS)))
-        statistics.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
-    statistics.write(folder)
+        site.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
+    site.write(folder)
     return read_activations(folder, "cpu")
 
 
@@ -75,6 +76,29 @@ def test_second_moments_about_a_point(tmp_path, x):
     per_bin = [tokens_of(x, "calibration", b) - point.double() for b in range(3)]
     expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
     assert torch.allclose(found.second_moment_about(point).double(), expected, rtol=0, atol=2e-3)
+    assert torch.allclose(found.variance_about(point).double(), expected.diagonal(), rtol=0, atol=2e-3)
+
+
+def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypatch):
+    """Six channels in panels of 4 and 2, ten tokens in slabs of 4, 4 and 2."""
+    whole = collect(tmp_path / "whole", x, BINS, chunk=5)
+    monkeypatch.setattr(statistics, "PANEL", 4)
+    monkeypatch.setattr(statistics, "SLAB", 4)
+    cut = collect(tmp_path / "cut", x, BINS, chunk=5)
+    for name in ("second_moment", "absmax", "mean"):
+        assert torch.allclose(getattr(cut, name), getattr(whole, name), rtol=0, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(cut.search + cut.heldout, whole.search + whole.heldout, strict=True))
+
+
+def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
+    """TF32 for bfloat16 inputs alone, and only meanwhile."""
+    allowed = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.allow_tf32))
+    for dtype in (torch.bfloat16, torch.float32):
+        collect(tmp_path / str(dtype), x.to(dtype), BINS, chunk=5)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    half = len(allowed) // 2
+    assert allowed == [True] * half + [False] * half
 
 
 def test_absmax_and_mean_are_per_bin(tmp_path, x):
@@ -162,10 +186,10 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_or_inf_is_refused_with_its_place(bad, x):
-    statistics = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
+    site = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
     x[2, 4, 1] = bad
     with pytest.raises(UserError) as caught:
-        statistics.add(x[:4], CALLS[:4], range(4))
+        site.add(x[:4], CALLS[:4], range(4))
     place = "low_noise block 3 ffn.up (prompt dog, t = 900)"
     assert str(caught.value) == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
 

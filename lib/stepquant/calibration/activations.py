@@ -13,7 +13,7 @@ One Zarr group per block and site (B bins, K channels); nothing of a held-out pr
     attributes    tokens (calibration tokens seen per bin)
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,36 +21,59 @@ import torch
 from stepquant.calibration.arrays import open_group, read_tensor
 
 
-@dataclass(frozen=True)
 class Activations:
-    """One site's statistics; see the header for shapes. search and heldout: one tensor per bin."""
+    """One site's statistics; see the header for shapes. A tensor is loaded when it is asked for, and not kept.
 
-    shift: torch.Tensor
-    second_moment: torch.Tensor
-    absmax: torch.Tensor
-    mean: torch.Tensor
-    search: list[torch.Tensor]
-    heldout: list[torch.Tensor]
+    At 13,824 channels second moments and samples are 1.4 GB, of which no stage needs all.
+    """
+
+    def __init__(self, load: Callable[[str], torch.Tensor], bins: int):
+        """load: gives a tensor of the header by its name, float32."""
+        self._load, self._bins = load, bins
+
+    @property
+    def shift(self) -> torch.Tensor:
+        return self._load("shift")
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        return self._load("second_moment")
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        return self._load("absmax")
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self._load("mean")
+
+    @property
+    def search(self) -> list[torch.Tensor]:
+        """One tensor per bin."""
+        return [self._load(f"search.{b}") for b in range(self._bins)]
+
+    @property
+    def heldout(self) -> list[torch.Tensor]:
+        """One tensor per bin."""
+        return [self._load(f"heldout.{b}") for b in range(self._bins)]
 
     def second_moment_about(self, point: torch.Tensor) -> torch.Tensor:
         """Mean of (x - point)(x - point)ᵀ, float32 [K, K], each bin weighing the same; about 0 it is that of x itself."""
-        move, average = point.float() - self.shift, self.mean.mean(0) - self.shift
-        cross = average[:, None] * move
-        return self.second_moment - cross - cross.T + move[:, None] * move
+        shift = self.shift
+        move, average = point.float() - shift, self.mean.mean(0) - shift
+        return self.second_moment.addr(average - move, move, alpha=-1).addr_(move, average, alpha=-1)
+
+    def variance_about(self, point: torch.Tensor) -> torch.Tensor:
+        """The diagonal of `second_moment_about`, [K]; rounding may leave it just below zero."""
+        shift = self.shift
+        move, average = point.float() - shift, self.mean.mean(0) - shift
+        return self.second_moment.diagonal() - 2 * average * move + move.square()
 
 
 def read_activations(folder: Path, device: str) -> Activations:
-    """Read one site's group onto a device; samples become float32."""
+    """One site's group, to be read onto a device; samples become float32. Raises UserError as `open_group` and `read_tensor`."""
     group = open_group(folder)
-    bins = group["absmax"].shape[0]
-
-    def load(name: str) -> torch.Tensor:
-        return read_tensor(group, name).to(device, torch.float32)
-
-    return Activations(
-        load("shift"), load("second_moment"), load("absmax"), load("mean"),
-        [load(f"search.{b}") for b in range(bins)], [load(f"heldout.{b}") for b in range(bins)],
-    )
+    return Activations(lambda name: read_tensor(group, name).to(device, torch.float32), group["absmax"].shape[0])
 
 
 def tokens_per_column(folder: Path) -> float:
