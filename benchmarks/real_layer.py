@@ -32,7 +32,10 @@ CALIBRATION = 16384  # tokens, at least one per column
 SHOWN = 12
 # What the profile calls torch's routines.
 ROUTINES = {
-    "linalg_cholesky_ex": "Cholesky", "linalg_solve_triangular": "triangular solve", "linalg_svd": "SVD of the sketch", "linalg_qr": "QR of the sketch",
+    "linalg_cholesky_ex": "Cholesky",
+    "linalg_solve_triangular": "triangular solve",
+    "linalg_svd": "SVD of the sketch",
+    "linalg_qr": "QR of the sketch",
 }
 STEPS = {"factor_site": "smoothing, rotation, branch", "round_site": "GPTQ and refits", "clip_site": "clip"}
 

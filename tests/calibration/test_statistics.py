@@ -179,7 +179,7 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
     x = x.bfloat16()
     found = collect(tmp_path, x, BINS, chunk=5)
     rows_in(found.search[1], tokens_of(x, "calibration", 1))
-    assert open_group(tmp_path)["search.1"].dtype == "uint16"
+    assert open_group(tmp_path)["samples"].dtype == "uint16"
     tokens = [tokens_of(x, "calibration", b) for b in range(3)]
     assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
 
@@ -206,6 +206,15 @@ def test_a_split_without_calls_is_refused():
         plan_site(calls, None, TOKENS, SAMPLES, 0)
     with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):
         plan_site(calls, BINS, TOKENS, SAMPLES, 0)
+
+
+def test_a_site_is_three_arrays_of_one_file(tmp_path, x):
+    """40 blocks of 7 sites, with the metadata of each array and group, are 1,960 files."""
+    collect(tmp_path, x, BINS, chunk=5)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    arrays = ("channels", "samples", "second_moment")
+    assert found == {"zarr.json", *(f"{name}/zarr.json" for name in arrays), *(f"{name}/c/0/0" for name in arrays)}
+    assert 40 * 7 * len(found) == 1960
 
 
 def test_where_a_site_lies(tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepquant.calibration.arrays import write_group
+from stepquant.calibration.activations import SAMPLES, write_activations
 from stepquant.calibration.trajectories import Call
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
 
-SPLITS = {"calibration": "search", "heldout": "heldout"}
+SPLITS = dict(zip(("calibration", "heldout"), SAMPLES))
 SLAB = 2048  # rows of a call at a time: float32 copies of 13,824 channels are then 113 MB each
 PANEL = 1024  # columns: the second moments of 5,120 channels then cost 60 % of the full product, of 13,824 54 %
 
@@ -92,7 +92,7 @@ class SiteStatistics:
         self.absmax = torch.zeros(plan.bins, channels, device=device)
         self.total = torch.zeros(plan.bins, channels, device=device)
         self.tokens = [0] * plan.bins
-        self.samples: dict[str, list[torch.Tensor]] = {f"{kind}.{b}": [] for b in range(plan.bins) for kind in SPLITS.values()}
+        self.samples: dict[str, list[torch.Tensor]] = {f"{kind}.{b}": [] for kind in SAMPLES for b in range(plan.bins)}
 
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
@@ -124,13 +124,12 @@ class SiteStatistics:
                 self.second_moment[start:end, start:].addmm_(centred[:, start:end].T, centred[:, start:], alpha=weight)
 
     def write(self, folder: Path) -> None:
-        """Write the group described above."""
+        """Write the group of `write_activations`."""
         for start, end in _panels(len(self.second_moment)):
             self.second_moment[end:, start:end] = self.second_moment[start:end, end:].T
         counts = torch.tensor(self.tokens, device=self.total.device).unsqueeze(1)
         tensors = {"shift": self.shift, "second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
-        tensors |= {name: torch.cat(parts) for name, parts in self.samples.items()}
-        write_group(folder, tensors, {"tokens": self.tokens})
+        write_activations(folder, tensors | {name: torch.cat(parts) for name, parts in self.samples.items()}, self.tokens)
 
 
 def _panels(channels: int) -> list[tuple[int, int]]:
