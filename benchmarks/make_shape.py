@@ -32,11 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.trajectories import write_trajectory
 from stepquant.compute.units import content_key, file_digests
+from stepquant.plan.run import timesteps
 from stepquant.profiles import read_profiles
 
 EXPERT = "denoiser"
 STEM = "diffusion_pytorch_model"
 OUTLIERS, GAIN = 0.005, 20.0  # share of a site's channels, and how much larger they are
+SHIFT = 1.0  # of the timesteps: none
 SLAB = 1024  # rows of a weight drawn at a time
 
 
@@ -84,12 +86,21 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
     values = yaml.safe_load(read_profiles()["wan2.2-i2v-a14b"])
     values["model"] = {"source": "model", "revision": None}
     values["compute"] |= {"device": "cpu", "threads": 1}
-    # As many bins as steps, up to three: step i is at t = 1000 (1 - (i + 1/2) / steps).
-    values["bins"] = {EXPERT: min(3, calls.steps)}
+    values["bins"] = {EXPERT: bin_edges(calls.steps)}
     values["experts"] = {EXPERT: values["experts"]["high_noise"]}
+    values["sampling"] |= {"height": 8 * calls.height, "width": 8 * calls.width, "num_frames": 4 * calls.frames - 3, "steps": calls.steps}
+    values["sampling"] |= {"guidance_scale": 1.0, "max_sequence_length": calls.text, "flow_shift": SHIFT}
+    values["trajectories"] |= {"calibration_prompts": calls.calibration, "heldout_prompts": calls.heldout}
     for name, keys in params.items():
         values[name] |= keys
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def bin_edges(steps: int) -> list[float]:
+    """Up to three bins with equally many steps in them, as far as that goes; edges lie between steps."""
+    t, bins = timesteps(steps, SHIFT), min(3, steps)
+    inner = [k * steps // bins for k in range(1, bins)]
+    return [1000.0, *((t[i - 1] + t[i]) / 2 for i in inner), 0.0]
 
 
 # --- model ----------------------------------------------------------------------------------------------------------------
@@ -184,8 +195,7 @@ def recorded(shape: Shape, calls: Calls, seed: int) -> list[dict[str, Any]]:
     condition = torch.randn(shape.in_channels - 16, *video[1:], generator=generator)
     text = torch.randn(1, calls.text, shape.text_dim, generator=generator) * _sizes(shape.text_dim, generator)
     made = []
-    for step in range(calls.steps):
-        t = 1000.0 * (1 - (step + 0.5) / calls.steps)
+    for t in timesteps(calls.steps, SHIFT):
         latents = t / 1000 * noise + (1 - t / 1000) * clean
         hidden = torch.cat([latents, condition])[None].bfloat16()
         made.append({"expert": EXPERT, "hidden_states": hidden, "timestep": torch.tensor([t]), "encoder_hidden_states": text.bfloat16()})
