@@ -125,11 +125,14 @@ class SiteStatistics:
 
     def write(self, folder: Path) -> None:
         """Write the group of `write_activations`."""
-        for start, end in _panels(len(self.second_moment)):
-            self.second_moment[end:, start:end] = self.second_moment[start:end, end:].T
+        self._fill_below_panels()
         counts = torch.tensor(self.tokens, device=self.total.device).unsqueeze(1)
         tensors = {"shift": self.shift, "second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
         write_activations(folder, tensors | {name: torch.cat(parts) for name, parts in self.samples.items()}, self.tokens)
+
+    def _fill_below_panels(self) -> None:
+        for start, end in _panels(len(self.second_moment)):
+            self.second_moment[end:, start:end] = self.second_moment[start:end, end:].T
 
 
 def _panels(channels: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def make_run(params: Path) -> Run:
     """The run that a params file describes."""
     knobs.check(params)
 
+    @cache  # reading the file takes longer than all that follows
     def knob(section: str, expert: str | None = None) -> Any:
         return knobs.section(params, section, expert)
 

@@ -146,7 +146,7 @@ def packed_expert(run: Run, expert: ExpertRun) -> Size:
 def safetensors_bytes(tensors: Tensors) -> int:
     """Size of a safetensors file without metadata."""
     entries, offset = [], 0
-    for name, (shape, dtype) in tensors.items():
+    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):  # as safetensors lays them out
         size = prod(shape) * dtype.itemsize
         entries.append(f'"{name}":{{"dtype":"{CODES[dtype]}","shape":[{",".join(map(str, shape))}],"data_offsets":[{offset},{offset + size}]}}')
         offset += size
