@@ -99,7 +99,7 @@ def assumptions(machine: Machine) -> str:
     devices = "" if machine.devices == 1 else f"; {machine.devices} devices share units and calls evenly"
     return (
         f"assumed: TFLOPS of a device {tera} ({source}); {machine.column_seconds * 1e6:.0f} us per column of GPTQ; "
-        f"disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.0f} GB/s{devices}"
+        f"disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.1f} GB/s{devices}"
     )
 
 
