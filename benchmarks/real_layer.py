@@ -5,8 +5,9 @@
     python benchmarks/real_layer.py --svd                    also a full SVD of the first layer's weight: 160 s
 
 All of it: smoothing and rotation search, branch, GPTQ with act-order and the refits of the profile, clip search, on 2,048 search
-tokens of a seeded layer. Second moments are given, as stage capture makes them. Seconds of the clock, so nothing else should run.
-Own seconds leave out the named functions that a function calls: the matrix products stand with the function that writes them.
+tokens of a seeded layer. Second moments are given, as stage capture makes them. Seconds are processor time, which with one
+thread is that of the clock on a quiet machine. Own seconds of a function leave out the functions of ours that it calls, so matrix
+products stand with the function that writes them.
 """
 
 import argparse
@@ -49,13 +50,13 @@ def make_layer(kind: str, outputs: int, inputs: int) -> Layer:
 
 
 def timed(work: Callable[[], object]) -> tuple[object, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = work()
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 def profiled(layer: Layer, fmt: str) -> tuple[object, pstats.Stats]:
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.process_time)
     result = profile.runcall(pipeline, layer, fmt)
     return result, pstats.Stats(profile)
 
@@ -72,21 +73,28 @@ def show_profile(stats: pstats.Stats, seconds: float) -> None:
     for (_, _, function), (_, _, _, cumulative, _) in sorted(stats.stats.items()):
         if function in STEPS:
             print(f"| {STEPS[function]} | {cumulative:.1f} |")
-    own: dict[str, tuple[int, float]] = {}
-    for (file, _, function), (_, calls, spent, _, _) in stats.stats.items():
-        name = _name(file, function)
-        before = own.get(name, (0, 0.0))
-        own[name] = (before[0] + calls, before[1] + spent)
     print("\n| own seconds of | calls | seconds | share |\n|---|---|---|---|")
-    for name, (calls, spent) in sorted(own.items(), key=lambda item: -item[1][1])[:SHOWN]:
+    for name, (calls, spent) in sorted(own_seconds(stats).items(), key=lambda item: -item[1][1])[:SHOWN]:
         print(f"| {name} | {calls} | {spent:.1f} | {spent / seconds:.0%} |")
 
 
-def _name(file: str, function: str) -> str:
-    for routine, name in ROUTINES.items():
-        if routine in function:
-            return name
-    return f"`{Path(file).stem}.{function}`" if file.endswith(".py") else f"`{function.strip('<>').removeprefix('method ').split(' of ')[0]}`"
+def own_seconds(stats: pstats.Stats) -> dict[str, tuple[int, float]]:
+    """Calls and seconds of torch's decompositions by their names, and of every function of ours with all else that torch does for it."""
+    own: dict[str, tuple[int, float]] = {}
+
+    def add(name: str, calls: int, spent: float) -> None:
+        before = own.get(name, (0, 0.0))
+        own[name] = (before[0] + calls, before[1] + spent)
+
+    for (file, _, function), (_, calls, spent, _, callers) in stats.stats.items():
+        routine = next((name for key, name in ROUTINES.items() if key in function), None)
+        if routine:
+            add(routine, calls, spent)
+        elif file.endswith(".py"):
+            add(f"`{Path(file).stem}.{function}`", calls, spent)
+        for (caller_file, _, caller), (_, _, part, _) in callers.items() if not routine and not file.endswith(".py") else ():
+            add(f"`{Path(caller_file).stem}.{caller}`", 0, part)
+    return own
 
 
 @torch.no_grad()
@@ -103,7 +111,7 @@ def main() -> None:
     for i, shape in enumerate(options.layers):
         layer = make_layer(options.kind, *map(int, shape.split("x")))
         (quantized, stats), seconds = timed(lambda: profiled(layer, options.format))
-        print(f"\n{layer.name}, {options.format}, {options.threads} threads\n\n| what | seconds | W4A4 error, held out |\n|---|---|---|")
+        print(f"\n{layer.name}, {options.format}, {options.threads} threads\n\n| what | processor seconds | W4A4 error, held out |\n|---|---|---|")
         print(f"| the pipeline | {seconds:.1f} | {error(quantized, layer):.4f} |")
         for peer in peers:
             rounded, spent = timed(lambda: PEERS[peer].quantize(layer, options.format))
