@@ -56,7 +56,7 @@ def machines(names: list[str], compute: Any) -> list[Machine]:
 
 
 def _print(params: Path, names: list[str]) -> None:
-    run, console = make_run(params), Console(highlight=False, soft_wrap=True)
+    run, console = make_run(params), Console(highlight=False, soft_wrap=True, width=100)
     for line in (*model_lines(run), prompt_line(run)):
         console.print(line)
     for line in calibration_warnings(run):

@@ -28,15 +28,15 @@ LESS_DISK = "lower trajectories.calibration_prompts or .heldout_prompts, or samp
 
 def plan_table(run: Run, machine: Machine) -> Table:
     """A row per stage: time, peak memory, what it leaves on disk and what it needs there meanwhile."""
-    table = Table(title=f"{machine.title}: {machine.host_bytes / GB:.0f} GB memory, {machine.disk_bytes / GB:.0f} GB disk", title_justify="left")
-    for column in ("stage", "time", "host GB", "device GB", "out GB", "scratch GB"):
+    table = Table(title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk", title_justify="left")
+    for column in ("stage", "time", "host", "device", "out", "scratch"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     costs = stage_costs(run, machine)
     for cost in costs:
-        table.add_row(cost.stage, duration(cost.seconds), *map(_gb, (cost.host, cost.device, cost.out, cost.scratch)))
+        table.add_row(cost.stage, duration(cost.seconds), *map(_size, (cost.host, cost.device, cost.out, cost.scratch)))
     own = [cost for cost in costs if not cost.stage.startswith(SAMPLING)]
     most = (max(cost.host for cost in own), max(cost.device for cost in own), sum(cost.out for cost in own), max(cost.scratch for cost in own))
-    table.add_row("all but sampling", duration(sum(cost.seconds for cost in own)), *map(_gb, most), style="bold")
+    table.add_row("all but sampling", duration(sum(cost.seconds for cost in own)), *map(_size, most), style="bold")
     return table
 
 
@@ -45,15 +45,15 @@ def warnings(run: Run, machine: Machine) -> Iterator[str]:
     costs = stage_costs(run, machine)
     for cost in costs:
         short = [
-            f"{_gb(needed)} of {_gb(there)} GB {what}"
+            f"{_size(needed)} of {what} and has {_size(there)}"
             for what, needed, there in (("memory", cost.host, machine.host_bytes), ("device memory", cost.device, machine.device_bytes))
             if there is not None and needed > there
         ]
         if short:
-            yield f"{cost.stage} needs {' and '.join(short)}: {SMALLER[cost.stage.split('@')[0]]}"
+            yield f"{cost.stage} needs {', '.join(short)}: {SMALLER[cost.stage.split('@')[0]]}"
     disk = sum(cost.out for cost in costs) + max(cost.scratch for cost in costs)
     if disk > machine.disk_bytes:
-        yield f"{_gb(disk)} GB of disk are needed, {_gb(machine.disk_bytes)} are there: {LESS_DISK}"
+        yield f"{_size(disk)} of disk are needed, {_size(machine.disk_bytes)} are there: {LESS_DISK}"
 
 
 def calibration_warnings(run: Run) -> Iterator[str]:
@@ -75,14 +75,14 @@ def model_lines(run: Run) -> Iterator[str]:
         steps = "/".join(map(str, expert.steps))
         packed = sizes.packed_expert(run, expert).bytes
         yield (
-            f"{expert.name}: {expert.blocks} blocks, {_gb(expert.bf16_bytes)} GB in BF16, {_gb(packed)} GB packed; "
+            f"{expert.name}: {expert.blocks} blocks, {_size(expert.bf16_bytes)} in BF16, {_size(packed)} packed; "
             f"steps per bin {steps}, {expert.all_calls} recorded calls of {run.tokens} tokens"
         )
     before = sum(expert.bf16_bytes for expert in run.experts)
     after = sum(sizes.packed_expert(run, expert).bytes for expert in run.experts)
     yield (
-        f"resident at inference, with {_gb(run.other_bytes)} GB of other components: {_gb(after + run.other_bytes)} GB packed, "
-        f"{_gb(before + run.other_bytes)} GB in BF16; the experts alone {after / before:.0%}"
+        f"resident at inference, with {_size(run.other_bytes)} of other components: {_size(after + run.other_bytes)} packed, "
+        f"{_size(before + run.other_bytes)} in BF16; the experts alone {after / before:.0%}"
     )
 
 
@@ -111,7 +111,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _gb(value: float) -> str:
-    if value == 0:
-        return "-"
-    return f"{value / GB:.1f}" if value >= 0.05 * GB else f"{value / GB:.2g}"
+def _size(value: float) -> str:
+    """Bytes in decimal units; "-" for none."""
+    for unit, size in (("GB", GB), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.1 * size:
+            return f"{value / size:.1f} {unit}"
+    return "-"
