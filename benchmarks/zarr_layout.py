@@ -15,7 +15,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 BINS = 3
 CHUNK_MB = 32
 
+Specs = list[tuple[str, tuple[int, int], str]]  # name, shape, dtype
 
-def arrays(width: int, ffn: int, tokens: int) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """Name, shape and dtype of what is stored per site: second moments, then a sample per split and bin."""
-    for i, channels in enumerate([width] * 6 + [ffn]):
-        yield f"{i}/second_moment", (channels, channels), "float32"
-        for split in ("search", "heldout"):
-            for b in range(BINS):
-                yield f"{i}/{split}.{b}", (tokens, channels), "uint16"
+
+def together(channels: int, tokens: int) -> Specs:
+    """A site as it is stored (calibration/activations.py)."""
+    statistics = [("second_moment", (channels, channels), "float32"), ("channels", (1 + 2 * BINS, channels), "float32")]
+    return [*statistics, ("samples", (2 * BINS * tokens, channels), "uint16")]
+
+
+def by_bin(channels: int, tokens: int) -> Specs:
+    """The same with arrays of their own for every statistic, and for every sample of every bin."""
+    statistics = [(name, (rows, channels), "float32") for name, rows in (("second_moment", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))]
+    return statistics + [(f"{split}.{b}", (tokens, channels), "uint16") for split in ("search", "heldout") for b in range(BINS)]
 
 
 def one_chunk(shape: tuple[int, int], itemsize: int) -> dict:
@@ -53,21 +58,30 @@ def _rows(shape: tuple[int, int], itemsize: int) -> int:
     return min(shape[0], max(1, CHUNK_MB * 2**20 // (shape[1] * itemsize)))
 
 
-LAYOUTS: dict[str, tuple[Callable, dict]] = {
-    "one chunk": (one_chunk, {"compressors": None}),
-    "row chunks, a file each": (row_chunks, {"compressors": None}),
-    "row chunks in one shard": (one_shard, {"compressors": None}),
-    "one chunk, zstd": (one_chunk, {}),
+PLAIN: dict = {"compressors": None}
+# Arrays, chunks, and what else is said to Zarr, whose default is zstd.
+LAYOUTS: dict[str, tuple[Callable[[int, int], Specs], Callable[[tuple[int, int], int], dict], dict]] = {
+    "three arrays, one chunk each": (together, one_chunk, PLAIN),
+    "an array per bin, one chunk each": (by_bin, one_chunk, PLAIN),
+    "three arrays, a file per 32 MB of rows": (together, row_chunks, PLAIN),
+    "three arrays, a shard of 32 MB chunks each": (together, one_shard, PLAIN),
+    "three arrays, one chunk each, zstd": (together, one_chunk, {}),
 }
 
 
-def write(folder: Path, layout: str, specs: list, seconds: multiprocessing.Queue) -> None:
-    chunking, options = LAYOUTS[layout]
+def specs_of(layout: str, options: argparse.Namespace) -> Specs:
+    """Everything that one block stores."""
+    sites = enumerate([options.width] * 6 + [options.ffn])
+    return [(f"{i}/{name}", shape, dtype) for i, channels in sites for name, shape, dtype in LAYOUTS[layout][0](channels, options.tokens)]
+
+
+def write(folder: Path, specs: Specs, layout: str, seconds: multiprocessing.Queue) -> None:
+    _, chunking, options = LAYOUTS[layout]
     spent = 0.0
     group = zarr.open_group(folder, mode="w")
     for name, shape, dtype in specs:
-        values = np.random.default_rng(0).integers(0, 2**15, size=shape[0] * shape[1] // (2 if dtype == "uint16" else 1), dtype="uint32")
-        values = values.view(dtype)[: shape[0] * shape[1]].reshape(shape)
+        values = np.empty(shape, dtype)
+        values[...] = np.random.default_rng(0).integers(0, 2**15, size=shape[1], dtype=np.uint16)
         start = time.perf_counter()
         stored = group.create_array(name, shape=shape, dtype=dtype, **chunking(shape, values.itemsize), **options)
         stored[...] = values
@@ -75,7 +89,7 @@ def write(folder: Path, layout: str, specs: list, seconds: multiprocessing.Queue
     seconds.put((spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def read(folder: Path, layout: str, specs: list, seconds: multiprocessing.Queue) -> None:
+def read(folder: Path, specs: Specs, seconds: multiprocessing.Queue) -> None:
     group, start = zarr.open_group(folder, mode="r"), time.perf_counter()
     for name, _, _ in specs:
         group[name][...]
@@ -108,26 +122,21 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=13824)
     parser.add_argument("--tokens", type=int, default=2048)
     options = parser.parse_args()
-    specs = list(arrays(options.width, options.ffn, options.tokens))
-    largest = max(shape[0] * shape[1] * np.dtype(dtype).itemsize for _, shape, dtype in specs) / 2**20
-    baseline = in_own_process(read, options.folder, "one chunk", [])[1] if _empty(options.folder) else 0.0
+    shutil.rmtree(options.folder, ignore_errors=True)
+    store = options.folder / "layout.zarr"
+    zarr.open_group(store, mode="w")
+    baseline = in_own_process(read, store, [])[1]
     print("| layout | files | GB | write s | hash s | read s | write MB | read MB |\n|---|---|---|---|---|---|---|---|")
     for layout in LAYOUTS:
-        store = options.folder / "layout.zarr"
-        written, write_peak = in_own_process(write, store, layout, specs)
+        specs = specs_of(layout, options)
+        largest = max(shape[0] * shape[1] * np.dtype(dtype).itemsize for _, shape, dtype in specs) / 2**20
+        written, write_peak = in_own_process(write, store, specs, layout)
         found = [p for p in store.rglob("*") if p.is_file()]
         size, hashed = sum(p.stat().st_size for p in found) / 1e9, hash_files(store)
-        got, read_peak = in_own_process(read, store, layout, specs)
+        got, read_peak = in_own_process(read, store, specs)
         peaks = [peak - baseline - largest for peak in (write_peak, read_peak)]
         print(f"| {layout} | {len(found)} | {size:.2f} | {written:.1f} | {hashed:.1f} | {got:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
         shutil.rmtree(store)
-
-
-def _empty(folder: Path) -> bool:
-    """Make the scratch folder with an empty group in it, whose reading is the baseline of every peak."""
-    shutil.rmtree(folder, ignore_errors=True)
-    zarr.open_group(folder, mode="w")
-    return True
 
 
 if __name__ == "__main__":
