@@ -78,12 +78,13 @@ class Format(Section):
 
 class Smooth(Section):
     """s = span(X)^alpha / absmax(W)^beta. span: of each input channel over all tokens. alpha: one value, or `search` over the
-    candidates; beta null means 1 - alpha."""
+    candidates; beta null means 1 - alpha. gradient_steps: by which s is moved afterwards."""
 
     span: Literal["rms", "absmax"]
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
     beta: Annotated[float, Field(ge=0, le=1)] | None
     candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    gradient_steps: Annotated[int, Field(ge=0)]
 
 
 class Centre(Section):
