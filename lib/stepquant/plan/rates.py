@@ -21,10 +21,10 @@ PROCESS_BYTES, CONTEXT_BYTES = int(0.45 * GB), int(0.6 * GB)
 
 @dataclass(frozen=True)
 class Machine:
-    """flops: effective, per device, of bfloat16 products, of the second moments' products, and of float32 products.
+    """bf16, moments, fp32: operations a second that a device reaches in bfloat16 products, in those of second moments, in float32 ones.
 
-    device_bytes: memory of one device, None where it is the host's. column_seconds + column_per_row * N: one column of GPTQ of
-    a layer with N rows. disk, link: bytes a second of scratch disk, and from host to device. hash: bytes a second of SHA-256.
+    device_bytes: memory of one device, None where it is the host's. disk_bytes: what is free. column_seconds + column_per_row * N:
+    one column of GPTQ of a layer with N rows. disk, hash: bytes a second of the scratch disk, and of SHA-256.
     """
 
     name: str

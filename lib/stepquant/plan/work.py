@@ -92,8 +92,9 @@ def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     passes = max(1, refits)
 
     def seconds(site: SiteShape) -> float:
-        factor = (4 / 3 + (1 / 3 if refits else 0)) * site.K**3  # Cholesky and inverse, and Cholesky once more for the refits
-        flops = factor + passes * site.weights * site.K + refits * sketch_flops(rank, site.weights + site.K**2)
+        factor = 2 / 3 * site.K**3  # Cholesky, and the inverse of its triangle
+        refit = sketch_flops(rank, site.weights + site.K**2 / 2)  # the weight, and a triangle that is solved against
+        flops = factor + passes * site.weights * site.K + refits * refit
         return flops / machine.fp32 + passes * site.K * (machine.column_seconds + machine.column_per_row * site.N)
 
     device = _worst(run, expert, GPTQ, lambda site: 0)
