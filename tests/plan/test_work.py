@@ -9,7 +9,7 @@ from stepquant.plan.rates import GPUS
 from stepquant.profiles import read_profiles
 
 # A machine that does one operation a second and moves bytes in no time: seconds are operations.
-SLOW = replace(GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, disk=float("inf"), hash=float("inf"))
+SLOW = replace(GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, per_weight=0, disk=float("inf"), hash=float("inf"))
 
 
 @pytest.fixture

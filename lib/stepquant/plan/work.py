@@ -82,12 +82,13 @@ def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
     products = exponents + len(run.knob("rotate", expert.name).blocks)  # the reference, the exponents, the other rotations
 
-    def flops(site: SiteShape) -> float:
-        return products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
+    def seconds(site: SiteShape) -> float:
+        flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
+        return flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3  # a candidate has fewer steps than a pass of GPTQ
 
-    seconds = expert.blocks * sum(map(flops, expert.sites)) / machine.fp32
+    total = expert.blocks * sum(map(seconds, expert.sites))
     device = _worst(run, expert, LOWRANK, lambda site: search_rows(run, expert, site))
-    return _factors(run, expert, machine, "lowrank", seconds, device, sizes.lowrank(run, expert).bytes)
+    return _factors(run, expert, machine, "lowrank", total, device, sizes.lowrank(run, expert).bytes)
 
 
 def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -100,7 +101,8 @@ def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
         factor = 2 / 3 * site.K**3  # Cholesky, and the inverse of its triangle
         refit = sketch_flops(rank, site.weights + site.K**2 / 2)  # the weight, and a triangle that is solved against
         flops = factor + passes * site.weights * site.K + refits * refit
-        return flops / machine.fp32 + passes * site.K * (machine.column_seconds + machine.column_per_row * site.N)
+        columns = site.K * (machine.column_seconds + machine.column_per_row * site.N)
+        return flops / machine.fp32 + passes * (columns + site.weights * machine.per_weight)
 
     device = _worst(run, expert, GPTQ, lambda site: 0)
     total = expert.blocks * sum(map(seconds, expert.sites))
