@@ -91,12 +91,12 @@ def lowrank(run: Run, expert: ExpertRun) -> Size:
 
 
 def residual(run: Run, expert: ExpertRun) -> Size:
-    """Per block: codes, scales and refitted branch of every site."""
+    """Per block: codes, scales, refitted branch and offset of every site."""
     formats, rank = run.knob("format"), run.knob("lowrank", expert.name).rank
     group, dtype = get_format(formats.weight).group, _scale_dtype(formats.weight)
 
     def tensors(site: SiteShape) -> Tensors:
-        found = {"codes": ((site.N, site.K // 2), torch.uint8), "scales": ((site.N, site.K // group), dtype)}
+        found = {"codes": ((site.N, site.K // 2), torch.uint8), "scales": ((site.N, site.K // group), dtype), "offset": ((site.N,), torch.float32)}
         found |= {"proj_down": ((site.K, rank), torch.bfloat16), "proj_up": ((site.N, rank), torch.bfloat16)}
         return found | ({"tensor_scale": ((), torch.float32)} if formats.weight == "nvfp4" else {})
 

@@ -38,22 +38,27 @@ class Cost:
 
 
 def stage_costs(run: Run, machine: Machine) -> list[Cost]:
-    """Every stage but evaluate and report, which are short, in the order in which they run."""
-    costs = [_sampling(run, machine, "trajectories", run.prompts["calibration"] + run.prompts["heldout"], sizes.trajectories(run).bytes)]
+    """Every stage but evaluate and report, which are short, in the order in which they run; of the variants `full`, and bf16."""
+    recorded, shown = run.prompts["calibration"] + run.prompts["heldout"], run.prompts["evaluation"]
+    whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
+    packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
+    costs = [sampling(run, machine, "trajectories", recorded, whole, sizes.trajectories(run).bytes)]
     for stage in (capture, lowrank, gptq, clip):
         costs += [stage(run, expert, machine) for expert in run.experts]
-    return [*costs, pack(run, machine), _sampling(run, machine, "generate@bf16", run.prompts["evaluation"], 0)]
+    costs.append(pack(run, machine))
+    return [*costs, sampling(run, machine, "generate@bf16", shown, whole), sampling(run, machine, "generate@full", shown, packed)]
 
 
-def _sampling(run: Run, machine: Machine, stage: str, prompts: int, out: float) -> Cost:
-    """Whole videos with the BF16 pipeline: one expert on the device, the other components on the host."""
+def sampling(run: Run, machine: Machine, stage: str, prompts: int, experts: list[float], out: float = 0.0) -> Cost:
+    """Whole videos: one expert on the device, all components on the host. experts: bytes of each.
+
+    That packed linears are decoded in every forward is not counted.
+    """
     flops = prompts * sum(sum(e.steps) * e.branches * e.blocks * forward_flops(run, e) for e in run.experts)
-    largest = max(e.bf16_bytes for e in run.experts) * run.itemsize / 2
-    everything = sum(e.bf16_bytes for e in run.experts) * run.itemsize / 2 + run.other_bytes
-    working = forward_bytes(run, run.experts[0], 1)
+    everything, working = PROCESS_BYTES + sum(experts) + run.other_bytes, forward_bytes(run, run.experts[0], 1)
     if machine.device_bytes is None:
-        return Cost(stage, flops / machine.bf16, PROCESS_BYTES + everything + working, 0, out)
-    return Cost(stage, flops / machine.bf16 / machine.devices, PROCESS_BYTES + everything, CONTEXT_BYTES + largest + working, out)
+        return Cost(stage, flops / machine.bf16, everything + working, 0, out)
+    return Cost(stage, flops / machine.bf16 / machine.devices, everything, CONTEXT_BYTES + max(experts) + working, out)
 
 
 def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -77,12 +82,13 @@ def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
     products = exponents + len(run.knob("rotate", expert.name).blocks)  # the reference, the exponents, the other rotations
 
-    def flops(site: SiteShape) -> float:
-        return products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
+    def seconds(site: SiteShape) -> float:
+        flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
+        return flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3  # a candidate has fewer steps than a pass of GPTQ
 
-    seconds = expert.blocks * sum(map(flops, expert.sites)) / machine.fp32
+    total = expert.blocks * sum(map(seconds, expert.sites))
     device = _worst(run, expert, LOWRANK, lambda site: search_rows(run, expert, site))
-    return _factors(run, expert, machine, "lowrank", seconds, device, sizes.lowrank(run, expert).bytes)
+    return _factors(run, expert, machine, "lowrank", total, device, sizes.lowrank(run, expert).bytes)
 
 
 def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -92,9 +98,11 @@ def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     passes = max(1, refits)
 
     def seconds(site: SiteShape) -> float:
-        factor = (4 / 3 + (1 / 3 if refits else 0)) * site.K**3  # Cholesky and inverse, and Cholesky once more for the refits
-        flops = factor + passes * site.weights * site.K + refits * sketch_flops(rank, site.weights + site.K**2)
-        return flops / machine.fp32 + passes * site.K * (machine.column_seconds + machine.column_per_row * site.N)
+        factor = 2 / 3 * site.K**3  # Cholesky, and the inverse of its triangle
+        refit = sketch_flops(rank, site.weights + site.K**2 / 2)  # the weight, and a triangle that is solved against
+        flops = factor + passes * site.weights * site.K + refits * refit
+        columns = site.K * (machine.column_seconds + machine.column_per_row * site.N)
+        return flops / machine.fp32 + passes * (columns + site.weights * machine.per_weight)
 
     device = _worst(run, expert, GPTQ, lambda site: 0)
     total = expert.blocks * sum(map(seconds, expert.sites))
