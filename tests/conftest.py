@@ -1,8 +1,18 @@
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.workspace import Workspace, make_workspace
 
+# Ray is an extra; `make test` puts it here.
+RAY = Path(sys.prefix) / "ray"
+sys.path.append(str(RAY))
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
@@ -19,3 +29,17 @@ def workspace(tmp_path_factory) -> Workspace:
 def workspace_copy(workspace, tmp_path) -> Workspace:
     """A copy of the finished workspace that a test may change."""
     return workspace.copy(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a local Ray cluster of two workers, which this process and its children may join; one per session."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(RAY)]))
+    environment = {"PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    script = Path(__file__).parent / "compute" / "cluster.py"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+            yield cluster.stdout.readline().strip()
+            cluster.stdin.close()

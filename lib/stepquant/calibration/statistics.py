@@ -1,7 +1,13 @@
 """Accumulates the statistics of a site's input, per timestep bin; calibration/activations.py says what is kept.
+
+The calls of an expert are cut into shares, and each share's statistics are accumulated on their own, by whichever process,
+and added up in the order of the shares. Floating-point sums depend on their order, and this order depends on the size of a
+share alone: one worker and many give the same bytes. Samples are chosen before any block runs, so that they do not
+even depend on the shares.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,16 +81,18 @@ def _empty_bin(bins: Bins | None, b: int, split: str) -> str:
 
 
 class SiteStatistics:
-    """Accumulates one site's statistics, call by call; float32 sums in a fixed order."""
+    """Accumulates one site's statistics over a share of the calls, call by call; float32 sums in a fixed order."""
 
     def __init__(self, channels: int, plan: SitePlan, device: str, where: str):
         self.plan, self.where = plan, where
         self.shift: torch.Tensor | None = None
+        self.weight = 0.0
         self.second_moment = torch.zeros(channels, channels, device=device)
+        self.first_moment = torch.zeros(channels, device=device)
         self.absmax = torch.zeros(plan.bins, channels, device=device)
         self.total = torch.zeros(plan.bins, channels, device=device)
         self.tokens = [0] * plan.bins
-        self.samples: dict[str, list[torch.Tensor]] = {f"{kind}.{b}": [] for b in range(plan.bins) for kind in SPLITS.values()}
+        self.samples: dict[str, list[torch.Tensor]] = {}
 
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
@@ -97,7 +105,7 @@ class SiteStatistics:
                 continue
             b = self.plan.bin[i]
             rows = torch.from_numpy(self.plan.rows[i]).to(x.device)
-            self.samples[f"{SPLITS[call.split]}.{b}"].append(tokens[rows].cpu())
+            self.samples.setdefault(f"{SPLITS[call.split]}.{b}", []).append(tokens[rows].cpu())
             if call.split == "calibration":
                 self._accumulate(tokens.float(), b, self.plan.weight[i])
 
@@ -106,13 +114,53 @@ class SiteStatistics:
             self.shift = tokens.mean(0)
         centred = tokens - self.shift
         self.second_moment.addmm_(centred.T, centred, alpha=weight)
+        self.first_moment.add_(centred.sum(0), alpha=weight)
+        self.weight += weight * len(tokens)
         torch.maximum(self.absmax[b], tokens.abs().amax(0), out=self.absmax[b])
         self.total[b] += tokens.sum(0)
         self.tokens[b] += len(tokens)
 
-    def write(self, folder: Path) -> None:
-        """Write the group described above."""
-        counts = torch.tensor(self.tokens, device=self.total.device).unsqueeze(1)
-        tensors = {"shift": self.shift, "second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `write_statistics` needs of this share. Without a calibration token there is no second moment.
+
+        absmax, total [B, K]; tokens [B]; and, about the share's own shift [K], sums over its tokens x of weight times
+        (x - shift)(x - shift)ᵀ [K, K], of weight times (x - shift) [K], and of the weights [].
+        """
+        tensors = {"absmax": self.absmax, "total": self.total, "tokens": torch.tensor(self.tokens)}
         tensors |= {name: torch.cat(parts) for name, parts in self.samples.items()}
-        write_group(folder, tensors, {"tokens": self.tokens})
+        if self.shift is not None:
+            tensors |= {"shift": self.shift, "second_moment": self.second_moment, "first_moment": self.first_moment}
+            tensors["weight"] = torch.tensor(self.weight, dtype=torch.float64)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def write_statistics(folder: Path, shares: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Add up what the shares of all calls hold, in their order, one at a time, and write the group described above."""
+    shift = second_moment = absmax = total = tokens = None
+    samples: dict[str, list[torch.Tensor]] = {}
+    for share in shares:
+        for name in share:
+            if name.split(".")[0] in SPLITS.values():
+                samples.setdefault(name, []).append(share[name].clone())  # a share may be a mapped file: let go of it
+        if absmax is None:
+            absmax, total, tokens = (share[name].clone() for name in ("absmax", "total", "tokens"))
+        else:
+            absmax, total, tokens = torch.maximum(absmax, share["absmax"]), total + share["total"], tokens + share["tokens"]
+        if "shift" in share and second_moment is None:
+            shift, second_moment = share["shift"].clone(), share["second_moment"].clone()
+        elif "shift" in share:
+            second_moment += share["second_moment"]
+            _move(second_moment, share["shift"] - shift, share["first_moment"], share["weight"].item())
+    tensors = {"shift": shift, "second_moment": second_moment, "absmax": absmax, "mean": total / tokens.unsqueeze(1)}
+    tensors |= {name: torch.cat(samples[name]) for name in sorted(samples)}
+    write_group(folder, tensors, {"tokens": tokens.tolist()})
+
+
+def _move(second_moment: torch.Tensor, distance: torch.Tensor, first_moment: torch.Tensor, weight: float) -> None:
+    """Refer what was summed about a point to another: with d = point - other, add d mᵀ + m dᵀ + weight d dᵀ in place.
+
+    Exact but for rounding, and d is as small as the channel means differ between calls, so float32 loses nothing.
+    """
+    second_moment.addr_(distance, first_moment)
+    second_moment.addr_(first_moment, distance)
+    second_moment.addr_(distance, distance, alpha=weight)
