@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.workspace import Workspace, make_workspace
+from tests.workspace import Workspace, make_workspace, ray_folder
 
-# Ray is an extra; `make test` puts it here.
-RAY = Path(sys.prefix) / "ray"
-sys.path.append(str(RAY))
+# Ray is an extra, and `make test` puts it into a folder of its own.
+sys.path.append(str(Path(sys.prefix) / "ray"))
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
@@ -34,7 +33,7 @@ def workspace_copy(workspace, tmp_path) -> Workspace:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """The address of a local Ray cluster of two workers, which this process and its children may join; one per session."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(RAY)]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *ray_folder()]))
     environment = {"PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     script = Path(__file__).parent / "compute" / "cluster.py"
     with pytest.MonkeyPatch.context() as patch:

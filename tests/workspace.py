@@ -1,6 +1,8 @@
 """A small copy of the repository in which the whole pipeline runs in a minute or two: two blocks per expert, 32 x 32 pixels."""
 
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +47,7 @@ class Workspace:
     def environment(self) -> dict[str, str]:
         # /bin/sh is what DVC takes where SHELL is not set, as in most CI, and often the shell that keeps to POSIX most strictly.
         own = {"SHELL": "/bin/sh", "DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
-        return pipeline_environment(self.root) | own
+        return pipeline_environment(self.root) | own | {"PYTHONPATH": os.pathsep.join([str(self.root / "lib"), *ray_folder()])}
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start `python -m COMMAND...` here; both output streams come as one text."""
@@ -80,6 +82,12 @@ class Workspace:
         """A copy with everything in it. `cp -a` keeps the hardlinks between outs, units and cache as they are."""
         subprocess.run(["cp", "-a", self.root, root], check=True)
         return Workspace(root)
+
+
+def ray_folder() -> list[str]:
+    """Where Ray is installed, if it is: apart from what the pipeline has (tests/conftest.py)."""
+    spec = importlib.util.find_spec("ray")
+    return [str(Path(spec.origin).parent.parent)] if spec else []
 
 
 def make_workspace(root: Path) -> Workspace:
