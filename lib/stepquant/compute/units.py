@@ -44,15 +44,16 @@ class UnitStore:
         root.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: str) -> Unit | None:
+        """The finished unit of this key, or None. What a broken one has left is removed."""
+        unit = self.peek(key)
+        if unit is None and (self.root / key).is_dir():
+            shutil.rmtree(self.root / key)
+        return unit
+
+    def peek(self, key: str) -> Unit | None:
         """The finished unit of this key, or None."""
-        folder = self.root / key
-        if not folder.is_dir():
-            return None
-        files = _finished_files(folder)
-        if files is None:
-            shutil.rmtree(folder)
-            return None
-        return Unit(folder, _digest(files))
+        files = _finished_files(self.root / key)
+        return None if files is None else Unit(self.root / key, _digest(files))
 
     def make(self, key: str, work: Callable[[Path], None]) -> Unit:
         """The unit of this key; work(folder) fills a new folder if it isn't there yet."""
