@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages import artifacts
@@ -55,9 +55,13 @@ class Block:
 
 
 def read_factor(folder: Path, index: int, name: str, device: str) -> torch.Tensor:
-    """One tensor of a block's factors."""
-    with safe_open(folder / block_name(index) / "factors.safetensors", framework="pt", device=device) as file:
-        return file.get_tensor(name)
+    """One tensor of a block's factors. Raises UserError if their file is missing or damaged."""
+    path = folder / block_name(index) / "factors.safetensors"
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return file.get_tensor(name)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); remove {folder} and run its stage again") from None
 
 
 @dataclass(frozen=True)
