@@ -15,6 +15,7 @@ frames): shares of 64 calls add 6 %.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from stepquant.compute.progress import Meter, meter
 from stepquant.compute.units import Unit, gather
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins, make_bins
-from stepquant.models.denoiser import BlockInputs, block_inputs
+from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.source import expert_digest
 from stepquant.params import Capture, Compute
@@ -142,7 +143,7 @@ class Share:
                 statistics[site] = SiteStatistics(x.shape[-1], self._plan(site, calls, x.shape[1]), x.device.type, where)
             statistics[site].add(x, [calls[i] for i in positions], positions)
 
-        batches = self._batches(trajectories, calls, model.prologue())
+        batches = self._batches(trajectories, calls, load_prologue(model.weights.folder.absolute(), model.device, model.dtype))
         for positions, output in replay_block(model.block(self.block), WAN_SITES, batches, see):
             save_file({"hidden_states": output.cpu()}, folder / hidden_states(positions))
         for site, found in statistics.items():
@@ -162,6 +163,12 @@ class Share:
         site = next(s for s in WAN_SITES if s.name == name)
         samples = {"calibration": self.capture.search_tokens, "heldout": self.capture.heldout_tokens}
         return plan_site(calls, self.bins if site.depends_on_timestep else None, tokens, samples, self.capture.seed)
+
+
+@lru_cache(maxsize=1)
+def load_prologue(folder: Path, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """An expert's prologue, kept for the next share: at the real size, loading it takes as long as several calls."""
+    return Denoiser(folder, device, dtype).prologue()
 
 
 def hidden_states(positions: range) -> str:
