@@ -2,13 +2,16 @@
 
     python benchmarks/calibration.py trajectories.calibration_prompts 1 2 4 8
     python benchmarks/calibration.py capture.search_tokens 32 64 128 256 512
+    python benchmarks/calibration.py sampling.steps 10 20 40
 
-Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value; the held-out prompts stay the same.
-Prints the geometric mean over sites, blocks and bins per expert, and per kind of site.
+Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are always those of the
+params as they stand, so that numbers of different values compare. Prints the geometric mean over sites, blocks and bins per
+expert, and per kind of site.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,10 +32,21 @@ from stepquant.params import section
 VARIANT = "full"
 
 
-def layer_errors_of(checkout: Checkout) -> list[LayerError]:
+def prepare(checkout: Checkout) -> Path:
+    """A folder to measure in, that has the held-out tokens of the params as they stand, and otherwise the checkout's model and checkpoints."""
+    checkout.repro("capture")
+    folder = checkout.root.parent / "measured"
+    (folder / "artifacts").mkdir(parents=True)
+    shutil.copytree(checkout.root / "artifacts/activations", folder / "artifacts/activations")
+    for name in ("params.yaml", "data", "artifacts/model", "artifacts/checkpoints"):
+        (folder / name).symlink_to(checkout.root / name)
+    return folder
+
+
+def layer_errors_of(checkout: Checkout, folder: Path) -> list[LayerError]:
     """The held-out error of every packed layer."""
     checkout.repro(f"pack@{VARIANT}")
-    os.chdir(checkout.root)
+    os.chdir(folder)
     compute = section(Path("params.yaml"), "compute")
     torch.set_num_threads(compute.threads)
     return list(layer_errors({"compute": compute}, read_json(artifacts.MODEL), VARIANT))
@@ -55,9 +69,10 @@ def main() -> None:
     parser.add_argument("values", nargs="+", type=yaml.safe_load)
     arguments = parser.parse_args()
     with temporary_checkout() as checkout:
+        folder = prepare(checkout)
         for i, value in enumerate(arguments.values):
             checkout.set(arguments.key, value)
-            found = means(layer_errors_of(checkout))
+            found = means(layer_errors_of(checkout, folder))
             if i == 0:
                 print(f"| {arguments.key} | {' | '.join(found)} |\n{'|---' * (len(found) + 1)}|")
             print(f"| {value} | {' | '.join(f'{error:.4f}' for error in found.values())} |", flush=True)

@@ -3,6 +3,7 @@
     python benchmarks/layer_error.py                          seeded layers, the reporting seeds, 1024 wide, as in docs/recipe.md
     python benchmarks/layer_error.py --seeds tuning ...       for choosing between recipes; never quote these
     python benchmarks/layer_error.py --sites . --blocks 1 4   real sites of the demo model, from ./artifacts
+    python benchmarks/layer_error.py --recipes default IDEA   one of the ideas of benchmarks/ideas.py, which the default does without
 
 Columns of the table; errors are ||y - reference|| / ||reference||, over bins the root of their mean square:
     W        quantized weights, activations left alone
@@ -28,11 +29,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.ideas import IDEAS
 from benchmarks.layers import KINDS, Layer, real_layers, seeded_layer
 from benchmarks.peers import PEERS, PeerLayer, skipped
 from benchmarks.recipes import RECIPES, Quantized
 from stepquant.quantize.layer import relative_error
 
+OURS = RECIPES | IDEAS
 SEEDS = {"tuning": range(0, 3), "reporting": range(100, 103)}
 
 
@@ -53,7 +56,7 @@ class Result:
 
 def measure(layer: Layer, recipe: str, fmt: str) -> Result:
     before, start = _reset_peak_memory(), time.process_time()
-    quantized = (RECIPES[recipe] if recipe in RECIPES else PEERS[recipe].quantize)(layer, fmt)
+    quantized = (PEERS[recipe].quantize if recipe in PEERS else OURS[recipe])(layer, fmt)
     seconds, peak = time.process_time() - start, _memory("VmHWM") - before
     errors = [_errors(quantized, layer.W, b, x) for b, x in enumerate(layer.activations().heldout)]
     return Result(layer.group, layer.name, fmt, recipe, *map(_root_mean_square, zip(*errors)), seconds, peak)
@@ -94,7 +97,7 @@ def _table(group: str, results: Sequence[Result], mean: Callable[[Iterable[float
     formats = list(dict.fromkeys(r.format for r in results))
     lines = [_row(group, *(f"{fmt}: W / W4A4 / floor | seconds, MB" for fmt in formats)), "|---" * (2 * len(formats) + 1) + "|"]
     done = {r.recipe for r in results}
-    for recipe in filter(done.__contains__, (*RECIPES, *PEERS)):
+    for recipe in filter(done.__contains__, (*OURS, *PEERS)):
         lines.append(_row(f"`{recipe}`", *(_cells(cells.get((recipe, fmt), []), mean) for fmt in formats)))
     return "\n".join(lines)
 
@@ -142,7 +145,7 @@ def layers(options: argparse.Namespace) -> Iterator[Layer]:
 def run(options: argparse.Namespace) -> Iterator[Result]:
     for layer in layers(options):
         for fmt, recipe in product(options.formats, options.recipes):
-            if recipe in RECIPES or fmt in PEERS[recipe].formats:
+            if recipe in OURS or fmt in PEERS[recipe].formats:
                 yield measure(layer, recipe, fmt)
 
 
@@ -152,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["heavy"])
     parser.add_argument("--widths", nargs="+", type=int, default=[1024])
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4", "int4"])
-    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, *PEERS], default=[*RECIPES, *PEERS])
+    parser.add_argument("--recipes", nargs="+", choices=[*OURS, *PEERS], default=[*RECIPES, *PEERS])
     parser.add_argument("--tokens-per-column", type=int, default=16)
     parser.add_argument("--sites", type=Path, help="real sites instead: the folder that holds artifacts")
     parser.add_argument("--blocks", nargs="+", type=int, default=[1, 4], help="with --sites")

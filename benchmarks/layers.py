@@ -90,7 +90,8 @@ def _statistics(calibration: Tensor, held_out: Tensor) -> Activations:
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
     centred = calibration - mean
     H = centred.T @ centred / len(centred)
-    return Activations(mean, H, absmax[None], mean[None], [calibration[:SEARCH]], [held_out])
+    kept = {"shift": mean, "second_moment": H, "absmax": absmax[None], "mean": mean[None]}
+    return Activations((kept | {"search.0": calibration[:SEARCH], "heldout.0": held_out}).__getitem__, bins=1)
 
 
 def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:

@@ -1,7 +1,8 @@
 """Peers' own quantizers on the same tokens: rows that owe nothing to this project's numerics.
 
 torchao and comfy_kitchen lie in `.venv/peers` (`make test` puts them there), a folder of their own because diffusers would import
-torchao wherever it finds it; llmcompressor is used where it is found. Of torchao and comfy_kitchen this is plain rounding, convrot's
+torchao wherever it finds it. llmcompressor is used where it is found: `pip install --no-deps --target .venv/peers -r
+benchmarks/llmcompressor.lock` (its own dependencies ask for an older transformers). Of torchao and comfy_kitchen this is plain rounding, convrot's
 behind a rotation; llmcompressor adds GPTQ. Smoothing and a branch none of them searches without a GPU.
 """
 

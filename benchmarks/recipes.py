@@ -94,12 +94,30 @@ class OneLayer:
 
 def pipeline(layer: Layer, fmt: str, **changes: dict[str, Any]) -> Quantized:
     """The demo profile's recipe in a format, with keys of params sections changed."""
+    return clipped(*rounded(*factored(layer, fmt, **changes)))
+
+
+Stage = dict[str, Any]  # the params sections, which is all that a site's work takes of a stage
+
+
+def factored(layer: Layer, fmt: str, **changes: dict[str, Any]) -> tuple[Stage, OneLayer]:
+    """What stage lowrank leaves, and the params it had."""
     stage = {name: section(PROFILES / "demo.yaml", name) for name in SECTIONS}
     for name, keys in ({"format": {"weight": fmt, "activation": fmt}} | changes).items():
         stage[name] = stage[name].model_copy(update=keys)
     block = OneLayer(layer)
     block.keep("lowrank", factor_site(stage, block, SITE)[0])
+    return stage, block
+
+
+def rounded(stage: Stage, block: OneLayer) -> tuple[Stage, OneLayer]:
+    """The same after stage gptq."""
     block.keep("residual", round_site(stage, "layer", block, SITE)[0])
+    return stage, block
+
+
+def clipped(stage: Stage, block: OneLayer) -> Quantized:
+    """The finished layer, after stage clip."""
     clip = clip_site(stage, block, SITE)[0]
     clips = [ClipCandidate(ratio, offset) for ratio, offset in zip(clip["ratio"].tolist(), clip["exponent"].tolist())]
     return Quantized(site_layer(block, SITE, precision_of(stage["format"])), clips)
@@ -131,7 +149,7 @@ def paper(layer: Layer, fmt: str) -> Quantized:
     factors = nearest_factors(layer.W, InputTransform.smoothing(smooth), rank=16, seed=0, precision=precision)
     factors = _rounded_by_gptq(layer, activations, factors, act_order=False)
     candidates = clip_candidates([0.6, 0.7, 0.8, 0.9, 1.0], [-1, 0, 1], precision.activation)
-    errors = torch.stack([clip_errors(x, x @ layer.W.T, factors, candidates) for x in activations.search])
+    errors = clip_errors(activations.search, layer.W, factors, candidates)
     return Quantized(factors, [candidates[i] for i in choose_clip(errors).per_bin])
 
 

@@ -22,12 +22,13 @@ from stepquant.compute.executor import Task
 from stepquant.compute.progress import meter
 from stepquant.compute.units import gather
 from stepquant.errors import UserError
-from stepquant.formats import Scales, get_format, unpack_nibbles
+from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import expert_digest
 from stepquant.params import Compute
 from stepquant.quantize.layer import LayerFactors, Precision
+from stepquant.quantize.rotate import check_rotation
 from stepquant.quantize.transform import InputTransform
 
 Factors = dict[str, torch.Tensor]
@@ -109,11 +110,9 @@ def check_shapes(manifest: dict[str, Any], expert: str, formats: Any, rank: int,
         rows = sum(shape[0] for shape in site["linears"].values())
         columns = next(iter(site["linears"].values()))[1]
         for kind in ("weight", "activation"):
-            fmt = get_format(getattr(formats, kind))
-            if columns % fmt.group:
-                raise UserError(f"format.{kind}: {fmt.name} has groups of {fmt.group}, which do not divide the {columns} channels of {where}")
-        if wrong := [block for block in rotations if block and columns % block]:
-            raise UserError(f"rotate.blocks: {wrong[0]} does not divide the {columns} channels of {where}; allowed: 0, or a power of two that does")
+            check_groups(columns, get_format(getattr(formats, kind)), f"format.{kind}, {where}")
+        for rotation in rotations:
+            check_rotation(rotation, columns, f"rotate.blocks, {where}")
         if rank > min(rows, columns):
             raise UserError(f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
 
@@ -140,4 +139,4 @@ def site_layer(block: Block, site: Site, precision: Precision) -> LayerFactors:
     codes = unpack_nibbles(block.factor("residual", f"{site.name}.codes"))
     tensor = block.factor("residual", f"{site.name}.tensor_scale") if precision.weight.name == "nvfp4" else None
     scales = Scales(block.factor("residual", f"{site.name}.scales"), tensor)
-    return LayerFactors(codes, scales, transform, *branch, transform.offset(block.weight(site), *branch), precision)
+    return LayerFactors(codes, scales, transform, *branch, block.factor("residual", f"{site.name}.offset"), precision)

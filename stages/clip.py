@@ -33,7 +33,7 @@ def clip_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:
     precision, settings = precision_of(stage["format"]), stage["clip"]
     W, layer = block.weight(site), site_layer(block, site, precision)
     candidates = clip_candidates(settings.ratios, settings.exponent_offsets, precision.activation)
-    errors = torch.stack([clip_errors(x, x @ W.T, layer, candidates) for x in block.activations(site).search])
+    errors = clip_errors(block.activations(site).search, W, layer, candidates)
     choice = choose_clip(errors)
     ratios = torch.tensor([c.ratio for c in candidates])
     offsets = torch.tensor([c.exponent_offset for c in candidates], dtype=torch.int8)

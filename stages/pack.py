@@ -13,6 +13,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,21 @@ class Packer:
     def settings(self) -> QuantizationSettings:
         """What config.json says about this expert."""
         activation = self.precision.activation.name if self.recipe.activations else None
-        places = [(i, site, f"blocks.{i}.{linear}") for i in range(self.described["blocks"]) for site in WAN_SITES for linear in site.linears]
-        chosen = {target: site_transform(self._block(i), site).rotation for i, site, target in places} if self.recipe.branch else {}
+        targets, rotations = [], {}
+        for index, site in product(range(self.described["blocks"]), WAN_SITES):
+            names = [f"blocks.{index}.{linear}" for linear in site.linears]
+            rotation = site_transform(self._block(index), site).rotation if self.recipe.branch else 0
+            targets += names
+            rotations |= dict.fromkeys(names, rotation) if rotation else {}
         return QuantizationSettings(
             weight_format=self.precision.weight.name,
             activation_format=activation,
             activation_rounding=self.precision.activation_rounding,
             rank=self.rank,
             centred=self.centred,
-            rotations={target: rotation for target, rotation in chosen.items() if rotation},
+            rotations=rotations,
             bin_edges=self.edges,
-            targets=tuple(target for *_, target in places),
+            targets=tuple(targets),
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:

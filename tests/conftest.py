@@ -2,12 +2,14 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.once import once
 from tests.workspace import Workspace, make_workspace, ray_folder
 
 # Ray is an extra, and `make test` puts it into a folder of its own.
@@ -19,9 +21,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Workspace:
     """The pipeline on a tiny model, run once from model to report. Tests that change it take a copy."""
-    workspace = make_workspace(tmp_path_factory.mktemp("pipeline") / "workspace")
-    workspace.run("dvc", "repro")
-    return workspace
+
+    def make(folder: Path) -> None:
+        make_workspace(folder).run("dvc", "repro")
+
+    return Workspace(once(tmp_path_factory, "workspace", make))
 
 
 @pytest.fixture
@@ -30,15 +34,30 @@ def workspace_copy(workspace, tmp_path) -> Workspace:
     return workspace.copy(tmp_path / "workspace")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the whole pipeline come first: while one process makes their workspace, another does the rest."""
+    items.sort(key=lambda item: "workspace" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """The address of a local Ray cluster of two workers, which this process and its children may join; one per session."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *ray_folder()]))
-    environment = {"PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    script = Path(__file__).parent / "compute" / "cluster.py"
+def ray_cluster(tmp_path_factory) -> Iterator[str]:
+    """The address of a local Ray cluster of two workers, which this process and its children may join; one per test run."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "token").write_text(secrets.token_hex(32))
+        run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        command = [sys.executable, Path(__file__).parent / "compute" / "cluster.py", str(run), folder / "address"]
+        subprocess.Popen(command, env=os.environ | environment(folder), start_new_session=True)
+        while not (folder / "address").exists():
+            time.sleep(0.05)
+
+    def environment(folder: Path) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *ray_folder()]))
+        return {"PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": (folder / "token").read_text()}
+
+    folder = once(tmp_path_factory, "ray", make)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in environment(folder).items():
             patch.setenv(name, value)
-        with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
-            yield cluster.stdout.readline().strip()
-            cluster.stdin.close()
+        yield (folder / "address").read_text()

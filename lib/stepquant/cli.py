@@ -66,6 +66,35 @@ def show(folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.
 
 @app.command()
 @command
+def plan(
+    params: Annotated[Path, typer.Option(help="The params file of the run.")] = Path("params.yaml"),
+    profile: Annotated[str | None, typer.Option(help="A ready-made profile in its place.")] = None,
+    machine: Annotated[list[str] | None, typer.Option(help="cpu, rtx4090, a100, h100 or 8xh100; may be given more than once.")] = None,
+) -> None:
+    """Say what a run would take, before it runs: time, memory and disk per stage, from shapes alone.
+
+    Without --machine it is this one, or the usual GPUs where compute.device is none of this machine's.
+    """
+    from stepquant.plan.command import print_plan
+
+    print_plan(params, profile, machine or [])
+
+
+@app.command()
+@command
+def doctor(params: Annotated[Path, typer.Option(help="The params file, if there is one.")] = Path("params.yaml")) -> None:
+    """Look at this machine: versions, devices, free space, and what is missing. Exit code 1 if something must be mended."""
+    from stepquant.doctor import examine
+
+    healthy = True
+    for finding in examine(params):
+        print(finding.line)
+        healthy &= finding.fine
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+@command
 def gc(
     keep_days: Annotated[float, typer.Option(min=0, help="Units younger than this stay: an interrupted run goes on from them.")] = 7,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,

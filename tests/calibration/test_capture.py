@@ -78,7 +78,7 @@ def test_the_whole_batch_at_once_is_exact(folder):
 
 def test_hooks_are_gone_afterwards_even_after_a_failure(folder):
     block = Denoiser(folder, "cpu", torch.float32).block(0)
-    with pytest.raises(RuntimeError, match="stopped"), site_inputs(block, WAN_SITES):
+    with pytest.raises(RuntimeError, match="stopped"), site_inputs(block, WAN_SITES, lambda *_: None):
         assert sum(len(module._forward_pre_hooks) for module in block.modules()) == len(WAN_SITES)
         raise RuntimeError("stopped")
     assert not any(module._forward_pre_hooks for module in block.modules())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stepquant.calibration import statistics
 from stepquant.calibration.activations import read_activations, site_folder
 from stepquant.calibration.arrays import open_group
 from stepquant.calibration.statistics import SiteStatistics, plan_site, write_statistics
@@ -39,12 +40,12 @@ def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES, share=len(CALLS)):
     plan = plan_site(CALLS, bins, TOKENS, samples, seed)
     shares = []
     for first in range(0, len(CALLS), share):
-        statistics = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
+        site = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
         calls = range(len(CALLS))[first : first + share]
         for start in range(calls.start, calls.stop, chunk):
             positions = range(start, min(start + chunk, calls.stop))
-            statistics.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
-        shares.append(statistics.tensors())
+            site.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
+        shares.append(site.tensors())
     write_statistics(folder, shares)
     return read_activations(folder, "cpu")
 
@@ -79,6 +80,29 @@ def test_second_moments_about_a_point(tmp_path, x):
     per_bin = [tokens_of(x, "calibration", b) - point.double() for b in range(3)]
     expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
     assert torch.allclose(found.second_moment_about(point).double(), expected, rtol=0, atol=2e-3)
+    assert torch.allclose(found.variance_about(point).double(), expected.diagonal(), rtol=0, atol=2e-3)
+
+
+def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypatch):
+    """Six channels in panels of 4 and 2, ten tokens in slabs of 4, 4 and 2."""
+    whole = collect(tmp_path / "whole", x, BINS, chunk=5)
+    monkeypatch.setattr(statistics, "PANEL", 4)
+    monkeypatch.setattr(statistics, "SLAB", 4)
+    cut = collect(tmp_path / "cut", x, BINS, chunk=5)
+    for name in ("second_moment", "absmax", "mean"):
+        assert torch.allclose(getattr(cut, name), getattr(whole, name), rtol=0, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(cut.search + cut.heldout, whole.search + whole.heldout, strict=True))
+
+
+def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
+    """TF32 for bfloat16 inputs alone, and only meanwhile."""
+    allowed = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.allow_tf32))
+    for dtype in (torch.bfloat16, torch.float32):
+        collect(tmp_path / str(dtype), x.to(dtype), BINS, chunk=5)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    half = len(allowed) // 2
+    assert allowed == [True] * half + [False] * half
 
 
 def test_absmax_and_mean_are_per_bin(tmp_path, x):
@@ -184,17 +208,17 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
     x = x.bfloat16()
     found = collect(tmp_path, x, BINS, chunk=5)
     rows_in(found.search[1], tokens_of(x, "calibration", 1))
-    assert open_group(tmp_path)["search.1"].dtype == "uint16"
+    assert open_group(tmp_path)["samples"].dtype == "uint16"
     tokens = [tokens_of(x, "calibration", b) for b in range(3)]
     assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_or_inf_is_refused_with_its_place(bad, x):
-    statistics = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
+    site = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
     x[2, 4, 1] = bad
     with pytest.raises(UserError) as caught:
-        statistics.add(x[:4], CALLS[:4], range(4))
+        site.add(x[:4], CALLS[:4], range(4))
     place = "low_noise block 3 ffn.up (prompt dog, t = 900)"
     assert str(caught.value) == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
 
@@ -211,6 +235,15 @@ def test_a_split_without_calls_is_refused():
         plan_site(calls, None, TOKENS, SAMPLES, 0)
     with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):
         plan_site(calls, BINS, TOKENS, SAMPLES, 0)
+
+
+def test_a_site_is_three_arrays_of_one_file(tmp_path, x):
+    """40 blocks of 7 sites, with the metadata of each array and group, are 1,960 files."""
+    collect(tmp_path, x, BINS, chunk=5)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    arrays = ("channels", "samples", "second_moment")
+    assert found == {"zarr.json", *(f"{name}/zarr.json" for name in arrays), *(f"{name}/c/0/0" for name in arrays)}
+    assert 40 * 7 * len(found) == 1960
 
 
 def test_where_a_site_lies(tmp_path):

@@ -16,6 +16,7 @@ from dvc.stage import Stage
 
 from stepquant.compute.code import source_files
 from stepquant.params import OVERRIDABLE, SECTIONS
+from tests.once import once
 from tests.workspace import ROOT, Workspace
 
 with Repo(os.fspath(ROOT)) as repo:
@@ -75,7 +76,10 @@ def alone(workspace, tmp_path_factory) -> Path:
 
     All stages share one process (tests/pipeline/alone.py), which spares 31 imports of torch.
     """
-    root = tmp_path_factory.mktemp("alone")
+    return once(tmp_path_factory, "alone", lambda root: run_alone(workspace, root))
+
+
+def run_alone(workspace: Workspace, root: Path) -> None:
     calls = {}
     for name, stage in STAGES.items():
         folder = root / name
@@ -85,7 +89,6 @@ def alone(workspace, tmp_path_factory) -> Path:
     script = [sys.executable, os.fspath(ROOT / "tests/pipeline/alone.py"), os.fspath(root / "calls.json")]
     path = os.pathsep.join([os.fspath(workspace.root / "lib"), os.fspath(workspace.root)])
     subprocess.run(script, env=workspace.environment | {"PYTHONPATH": path}, check=True)
-    return root
 
 
 def lay_out(workspace: Workspace, stage: Stage, folder: Path) -> None:

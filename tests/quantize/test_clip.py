@@ -32,7 +32,7 @@ def test_errors_are_those_of_the_layer(layer, name):
     W, x = layer
     factors, reference = factors_of(W, x, name), x @ W.T
     candidates = clip_candidates([1.0, 0.7], [0, 1], get_format(name))
-    errors = clip_errors(x, reference, factors, candidates)
+    (errors,) = clip_errors([x], W, factors, candidates)
     for error, candidate in zip(errors, candidates, strict=True):
         y = layer_output(x, factors, candidate.ratio, candidate.exponent_offset)
         torch.testing.assert_close(error, torch.linalg.norm(y - reference) / torch.linalg.norm(reference))
@@ -50,8 +50,7 @@ def test_choice_per_bin_and_over_all_bins():
 def test_one_bin_has_one_clip(layer):
     W, x = layer
     candidates = clip_candidates([1.0, 0.9, 0.8], [0], get_format("int4"))
-    errors = clip_errors(x, x @ W.T, factors_of(W, x, "int4"), candidates)
-    choice = choose_clip(errors[None])
+    choice = choose_clip(clip_errors([x], W, factors_of(W, x, "int4"), candidates))
     assert choice.per_bin == (choice.single,)
 
 
@@ -66,7 +65,7 @@ def test_per_bin_is_never_worse_than_single(layer):
     factors = factors_of(W, x, "mxfp4")
     candidates = clip_candidates([1.0, 0.9, 0.8, 0.7], [0, -1], get_format("mxfp4"))
     bins = (x[:100], 7 * x[100:200], x[200:].tanh())
-    errors = torch.stack([clip_errors(tokens, tokens @ W.T, factors, candidates) for tokens in bins])
+    errors = clip_errors(bins, W, factors, candidates)
     choice = choose_clip(errors)
     for bin_errors, best in zip(errors, choice.per_bin, strict=True):
         assert bin_errors[best] <= bin_errors[choice.single]

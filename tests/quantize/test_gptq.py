@@ -157,6 +157,16 @@ def test_failed_cholesky_is_retried_with_more_damping(layer):
     assert result.damping == pytest.approx(1.0)
 
 
+def test_the_factor_of_many_columns_inverts_the_second_moments(make_layer):
+    """Wide enough for several halvings of the triangle."""
+    _, x = make_layer(seed=5, rows=8, channels=640, tokens=2560)
+    H = (x / x.std(0)).T @ (x / x.std(0)) / len(x)
+    U = inverse_factor(H, damping=0.01, act_order=False).U.double()
+    assert torch.equal(U, U.triu())
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(640, dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U @ damped, torch.eye(640, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
 def test_hopeless_second_moments_are_refused(layer):
     W, _ = layer
     fmt = get_format("int4")

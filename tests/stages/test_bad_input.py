@@ -119,13 +119,13 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
     folder.set(f"format.{kind}", fmt)
     folder.set(f"format.{other}", fmt)
     message = refused(stage, *arguments)
-    assert message == f"format.weight: {fmt} has groups of {group}, which do not divide the 1000 channels of high_noise ffn.down"
+    assert message == f"format.weight, high_noise ffn.down: 1000 channels cannot be cut into {fmt} groups; allowed: a multiple of {group}"
 
 
 def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
     folder.set("rotate.blocks", [0, 512])
     message = refused("lowrank", *HIGH)
-    assert message == "rotate.blocks: 512 does not divide the 256 channels of high_noise attn1.out; allowed: 0, or a power of two that does"
+    assert message == "rotate.blocks, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
 
 
 def narrow_feed_forward(expert, size):
@@ -322,7 +322,7 @@ def test_a_full_disk_while_a_small_file_is_written(refused, disk):
 
 @pytest.mark.parametrize(
     ("stage", "arguments", "label", "array"),
-    [("trajectories", (), "trajectories", "embeddings"), ("capture", HIGH, "capture@high_noise", "attn2.q/absmax")],
+    [("trajectories", (), "trajectories", "embeddings"), ("capture", HIGH, "capture@high_noise", "attn2.q/channels")],
 )
 def test_a_full_disk_while_a_zarr_group_is_written(folder, refused, disk, stage, arguments, label, array):
     """Some arrays fit, this one does not."""

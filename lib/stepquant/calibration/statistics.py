@@ -7,19 +7,22 @@ even depend on the shares.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from stepquant.calibration.arrays import write_group
+from stepquant.calibration.activations import SAMPLES, write_activations
 from stepquant.calibration.trajectories import Call
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
 
-SPLITS = {"calibration": "search", "heldout": "heldout"}
+SPLITS = dict(zip(("calibration", "heldout"), SAMPLES))
+SLAB = 2048  # rows of a call at a time: float32 copies of 13,824 channels are then 113 MB each
+PANEL = 1024  # columns: the second moments of 5,120 channels then cost 60 % of the full product, of 13,824 54 %
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,11 @@ def _empty_bin(bins: Bins | None, b: int, split: str) -> str:
 
 
 class SiteStatistics:
-    """Accumulates one site's statistics over a share of the calls, call by call; float32 sums in a fixed order."""
+    """Accumulates one site's statistics over a share of the calls, call by call; float32 sums in a fixed order.
+
+    Of the second moments only the panels on and right of the diagonal are summed, which halves the work; `write_statistics`
+    fills in the rest. A call is taken in slabs of rows, so that what is needed besides the sums does not grow with its tokens.
+    """
 
     def __init__(self, channels: int, plan: SitePlan, device: str, where: str):
         self.plan, self.where = plan, where
@@ -96,29 +103,34 @@ class SiteStatistics:
 
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
-        finite = torch.isfinite(x).flatten(1).all(1).tolist()
-        if not all(finite):
-            where = f"{self.where} (prompt {calls[finite.index(False)].prompt}, t = {calls[finite.index(False)].t:g})"
-            raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
         for tokens, call, i in zip(x, calls, positions):
             if self.plan.skip[i]:
                 continue
             b = self.plan.bin[i]
             rows = torch.from_numpy(self.plan.rows[i]).to(x.device)
             self.samples.setdefault(f"{SPLITS[call.split]}.{b}", []).append(tokens[rows].cpu())
-            if call.split == "calibration":
-                self._accumulate(tokens.float(), b, self.plan.weight[i])
+            calibration = call.split == "calibration"
+            if calibration and self.shift is None:
+                self.shift = tokens.mean(0, dtype=torch.float32)
+            for slab in tokens.split(SLAB):
+                slab = slab.float()
+                largest = slab.abs().amax(0)
+                if not torch.isfinite(largest).all():
+                    where = f"{self.where} (prompt {call.prompt}, t = {call.t:g})"
+                    raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
+                if calibration:
+                    torch.maximum(self.absmax[b], largest, out=self.absmax[b])
+                    self._accumulate(slab, b, self.plan.weight[i], x.dtype)
 
-    def _accumulate(self, tokens: torch.Tensor, b: int, weight: float) -> None:
-        if self.shift is None:
-            self.shift = tokens.mean(0)
-        centred = tokens - self.shift
-        self.second_moment.addmm_(centred.T, centred, alpha=weight)
+    def _accumulate(self, slab: torch.Tensor, b: int, weight: float, dtype: torch.dtype) -> None:
+        self.total[b] += slab.sum(0)
+        self.tokens[b] += len(slab)
+        centred = slab - self.shift
         self.first_moment.add_(centred.sum(0), alpha=weight)
-        self.weight += weight * len(tokens)
-        torch.maximum(self.absmax[b], tokens.abs().amax(0), out=self.absmax[b])
-        self.total[b] += tokens.sum(0)
-        self.tokens[b] += len(tokens)
+        self.weight += weight * len(slab)
+        with _products_for(dtype):
+            for start, end in _panels(len(self.second_moment)):
+                self.second_moment[start:end, start:].addmm_(centred[:, start:end].T, centred[:, start:], alpha=weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What `write_statistics` needs of this share. Without a calibration token there is no second moment.
@@ -135,12 +147,12 @@ class SiteStatistics:
 
 
 def write_statistics(folder: Path, shares: Iterable[dict[str, torch.Tensor]]) -> None:
-    """Add up what the shares of all calls hold, in their order, one at a time, and write the group described above."""
+    """Add up what the shares of all calls hold, in their order, one at a time, and write the site's group."""
     shift = second_moment = absmax = total = tokens = None
     samples: dict[str, list[torch.Tensor]] = {}
     for share in shares:
         for name in share:
-            if name.split(".")[0] in SPLITS.values():
+            if name.startswith(SAMPLES):
                 samples.setdefault(name, []).append(share[name].clone())  # a share may be a mapped file: let go of it
         if absmax is None:
             absmax, total, tokens = (share[name].clone() for name in ("absmax", "total", "tokens"))
@@ -151,9 +163,10 @@ def write_statistics(folder: Path, shares: Iterable[dict[str, torch.Tensor]]) ->
         elif "shift" in share:
             second_moment += share["second_moment"]
             _move(second_moment, share["shift"] - shift, share["first_moment"], share["weight"].item())
+    _fill_below_panels(second_moment)
     tensors = {"shift": shift, "second_moment": second_moment, "absmax": absmax, "mean": total / tokens.unsqueeze(1)}
-    tensors |= {name: torch.cat(samples[name]) for name in sorted(samples)}
-    write_group(folder, tensors, {"tokens": tokens.tolist()})
+    tensors |= {name: torch.cat(samples[name]) for kind in SAMPLES for name in (f"{kind}.{b}" for b in range(len(tokens)))}
+    write_activations(folder, tensors, tokens.tolist())
 
 
 def _move(second_moment: torch.Tensor, distance: torch.Tensor, first_moment: torch.Tensor, weight: float) -> None:
@@ -164,3 +177,24 @@ def _move(second_moment: torch.Tensor, distance: torch.Tensor, first_moment: tor
     second_moment.addr_(distance, first_moment)
     second_moment.addr_(first_moment, distance)
     second_moment.addr_(distance, distance, alpha=weight)
+
+
+def _fill_below_panels(second_moment: torch.Tensor) -> None:
+    for start, end in _panels(len(second_moment)):
+        second_moment[end:, start:end] = second_moment[start:end, end:].T
+
+
+def _panels(channels: int) -> list[tuple[int, int]]:
+    return [(start, min(start + PANEL, channels)) for start in range(0, channels, PANEL)]
+
+
+@contextmanager
+def _products_for(dtype: torch.dtype) -> Iterator[None]:
+    """Let a GPU round bfloat16 activations to TF32 in the products (float32 sums): its 10 bits of mantissa hold their 7, and a
+    product in full float32 would take it several times as long as the block itself. CPUs have no TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or dtype == torch.bfloat16
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -63,20 +63,20 @@ class Format(ABC):
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes (uint8, 0..15) of x [..., K]: round to nearest, ties to the even code, saturating."""
-        return self._to_codes(self._divide(self._grouped(x.float()), scales)).flatten(-2)
+        return self.codes_of_units(self._divide(self._grouped(x.float()), scales)).flatten(-2)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """float32 values [..., K] of codes [..., K]."""
         values = self._from_codes(self._grouped(codes))
         return values.mul_(self._step(scales)).flatten(-2)
 
-    def encode_each(self, x: Tensor, scales: Scales) -> Tensor:
-        """Codes of x (float32, any shape) with one group scale per value, in x's shape: for rounding column by column."""
-        return self._to_codes(self._divide(x.unsqueeze(-1), scales)).squeeze(-1)
+    def unit(self, scales: Scales) -> tuple[Tensor, Tensor]:
+        """Real value of one unit of the element grid and its inverse, float32 in the shape of scales.group.
 
-    def decode_each(self, codes: Tensor, scales: Scales) -> Tensor:
-        """float32 values of codes (any shape) with one group scale per value."""
-        return self._from_codes(codes).mul_(self._step(scales).squeeze(-1))
+        With `round_units` and `codes_of_units` for rounding column by column, where `encode` would work out the same scales anew:
+        for x in the units of its group, x is rounded to round_units(x * inverse) * step.
+        """
+        return self._step(scales).squeeze(-1), self._inverse(scales)
 
     def fake_quantize(
         self,
@@ -93,8 +93,16 @@ class Format(ABC):
         """
         x32 = x.float()  # once, for the scales and the values
         scales = self.scales(x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor)
-        rounded = self._round(self._divide(self._grouped(x32), scales))
+        rounded = self.round_units(self._divide(self._grouped(x32), scales))
         return rounded.mul_(self._step(scales)).flatten(-2).to(x.dtype)
+
+    @abstractmethod
+    def round_units(self, y: Tensor) -> Tensor:
+        """y (float32, in units of the step) on the element grid: to nearest, ties to the even code, saturating; may overwrite y."""
+
+    @abstractmethod
+    def codes_of_units(self, y: Tensor) -> Tensor:
+        """uint8 codes of y, rounded as by `round_units`; may overwrite y."""
 
     def _grouped(self, x: Tensor) -> Tensor:
         """x [..., K] as [..., K/g, g]."""
@@ -113,16 +121,12 @@ class Format(ABC):
         """Real value of one unit of the element grid, float32 [..., K/g, 1]."""
 
     @abstractmethod
+    def _inverse(self, scales: Scales) -> Tensor:
+        """One over the step, float32 [..., K/g]."""
+
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
         """groups (float32 [..., K/g, g]) in units of their step, a new tensor."""
-
-    @abstractmethod
-    def _round(self, y: Tensor) -> Tensor:
-        """y (float32) on the element grid; may overwrite y."""
-
-    @abstractmethod
-    def _to_codes(self, y: Tensor) -> Tensor:
-        """uint8 codes of y (float32, in units of the step); may overwrite y."""
+        return groups * self._inverse(scales).unsqueeze(-1)
 
     @abstractmethod
     def _from_codes(self, codes: Tensor) -> Tensor:
@@ -139,6 +143,8 @@ def check_groups(K: int, fmt: Format, what: str) -> None:
 
 def check_finite(x: Tensor, what: str) -> None:
     """Raises UserError naming `what` if x holds a NaN or an infinity."""
+    if torch.isfinite(x.sum()):  # a sum is many times quicker, and finite only if every value is; large values may overflow it
+        return
     finite = torch.isfinite(x)
     if not finite.all():
         bad = int(x.numel() - finite.sum())

@@ -49,10 +49,10 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
 class E2M1Format(Format):
     """A format with E2M1 elements; its kinds of scale are left to the subclass."""
 
-    def _round(self, y: Tensor) -> Tensor:
+    def round_units(self, y: Tensor) -> Tensor:
         return round_e2m1(y)
 
-    def _to_codes(self, y: Tensor) -> Tensor:
+    def codes_of_units(self, y: Tensor) -> Tensor:
         return to_e2m1_codes(y)
 
     def _from_codes(self, codes: Tensor) -> Tensor:

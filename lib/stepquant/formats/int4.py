@@ -36,14 +36,17 @@ class Int4(Format):
     def _step(self, scales: Scales) -> Tensor:
         return scales.group.float().unsqueeze(-1)
 
-    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        return groups / self._step(scales)
+    def _inverse(self, scales: Scales) -> Tensor:
+        return scales.group.float().reciprocal()
 
-    def _round(self, y: Tensor) -> Tensor:
+    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
+        return groups / self._step(scales)  # which a product with the rounded inverse is not, bit for bit
+
+    def round_units(self, y: Tensor) -> Tensor:
         return y.round_().clamp_(-8, 7)
 
-    def _to_codes(self, y: Tensor) -> Tensor:
-        return self._round(y).to(torch.int8).view(torch.uint8) & 0x0F
+    def codes_of_units(self, y: Tensor) -> Tensor:
+        return self.round_units(y).to(torch.int8).view(torch.uint8) & 0x0F
 
     def _from_codes(self, codes: Tensor) -> Tensor:
         # Flipping the sign bit maps the nibble's order 0..7, -8..-1 to 8..15, 0..7, eight above its value.

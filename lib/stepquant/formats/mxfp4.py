@@ -47,10 +47,9 @@ class Mxfp4(E2M1Format):
         bits = (scales.group.int() << 23).clamp(min=1 << 22)
         return bits.view(torch.float32).unsqueeze(-1)
 
-    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
+    def _inverse(self, scales: Scales) -> Tensor:
         # 2^(127 - e), also from its bits: dividing by 2^-127 would fail on devices that flush subnormals to zero.
-        inverse = ((2 * _BIAS - scales.group.int()) << 23).view(torch.float32)
-        return groups * inverse.unsqueeze(-1)
+        return ((2 * _BIAS - scales.group.int()) << 23).view(torch.float32)
 
 
 def _floor_log2(a: Tensor) -> Tensor:

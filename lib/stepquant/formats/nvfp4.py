@@ -39,9 +39,8 @@ class Nvfp4(E2M1Format):
     def _step(self, scales: Scales) -> Tensor:
         return (scales.tensor * scales.group.float()).unsqueeze(-1)
 
-    def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        inverse = scales.tensor.reciprocal() / scales.group.float()
-        return groups * inverse.unsqueeze(-1)
+    def _inverse(self, scales: Scales) -> Tensor:
+        return scales.tensor.reciprocal() / scales.group.float()
 
 
 def nvfp4_tensor_scale(x: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from stepquant.models.weights import open_weights
 # Which expert of the pipeline lies in which subfolder: above the boundary `transformer` works, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 DENSE_EXPERT = {"denoiser": "transformer"}
+# Of an expert's config.json: what decides the size of its inputs.
+INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
@@ -38,13 +40,21 @@ def resolve_source(source: str, revision: str | None) -> Path:
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
-    """The model manifest: experts with t ranges, blocks, sites, shapes, and the SHA-256 of every file of its components.
+    """The model manifest: `describe_experts`, and the SHA-256 of every file of the model's components.
 
-    Reads headers and hashes files; loads no weights. Paths inside are relative to the source folder. Raises UserError if
-    a component is missing, or if its weights are missing, truncated or pickled.
+    Loads no weights. Paths inside are relative to the source folder. Raises UserError as `describe_experts`.
     """
-    index_file = folder / "model_index.json"
-    index = _read_json(index_file, "_class_name")
+    described = describe_experts(folder, source, revision)
+    files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
+    return described | {"files": files}
+
+
+def describe_experts(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
+    """Experts with t ranges, blocks, sites and shapes, from configs and the headers of weight files.
+
+    Raises UserError if a component is missing, or if its weights are missing, truncated or pickled.
+    """
+    index = _read_json(folder / "model_index.json", "_class_name")
     _check_components(folder)
     steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
     boundary = index.get("boundary_ratio")
@@ -60,7 +70,6 @@ def describe_source(folder: Path, source: str, revision: str | None) -> dict[str
             name: _describe_expert(folder / subfolder, subfolder, low, high)
             for (name, subfolder), (low, high) in zip(folders.items(), ranges)
         },
-        "files": {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == index_file.name},
     }
 
 
@@ -76,22 +85,23 @@ def _check_components(folder: Path) -> None:
             open_weights(folder / name)
 
 
-def _read_json(file: Path, key: str) -> dict[str, Any]:
-    """A JSON file of the source that must have a key."""
+def _read_json(file: Path, *keys: str) -> dict[str, Any]:
+    """A JSON file of the source that must have some keys."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; expected that of a diffusers pipeline") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
-    if not isinstance(content, dict) or key not in content:
-        raise UserError(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise UserError(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
     return content
 
 
 def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> dict[str, Any]:
     weights = open_weights(folder)
-    config = _read_json(folder / "config.json", "num_layers")
+    config = _read_json(folder / "config.json", "num_layers", *INPUT_KEYS)
     shapes = {path: list(weights.shape(f"blocks.0.{path}.weight")) for site in WAN_SITES for path in site.linears}
     sites = {
         site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: shapes[path] for path in site.linears}}
@@ -102,6 +112,7 @@ def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> d
         "t_range": [low, high],
         "blocks": config["num_layers"],
         "sites": sites,
+        "inputs": {key: config[key] for key in INPUT_KEYS},
         "bf16_bytes": sum(2 * prod(weights.shape(key)) for key in weights),
     }
 

@@ -60,7 +60,6 @@ class Weights:
     def __init__(self, folder: Path, infos: dict[str, TensorInfo]):
         self.folder = folder
         self._infos = dict(sorted(infos.items()))
-        self._open: dict[Path, safe_open] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -84,11 +83,12 @@ class Weights:
         return self.info(key).dtype
 
     def get(self, key: str) -> torch.Tensor:
-        """The tensor on the CPU, exactly as stored. Raises UserError if there is no such key."""
-        file = self.info(key).file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device="cpu")
-        return self._open[file].get_tensor(key)
+        """The tensor on the CPU, exactly as stored. Raises UserError if there is no such key.
+
+        The file is mapped anew each time: the pages of a mapping that lives on stay resident, block after block.
+        """
+        with safe_open(self.info(key).file, framework="pt", device="cpu") as file:
+            return file.get_tensor(key)
 
 
 def open_weights(folder: Path) -> Weights:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.formats import Format
-from stepquant.quantize.layer import LayerFactors, exact_path, main_path, relative_error
+from stepquant.quantize.layer import LayerFactors, exact_path, main_weight, relative_error, round_input
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,21 @@ def clip_candidates(ratios: Sequence[float], exponent_offsets: Sequence[int], ac
     return [ClipCandidate(ratio, offset) for ratio, offset in product(ratios, offsets)]
 
 
-def clip_errors(x: Tensor, reference: Tensor, factors: LayerFactors, candidates: Sequence[ClipCandidate]) -> Tensor:
-    """Relative output error of each candidate on one bin's tokens, float32 [C].
+def clip_errors(bins: Sequence[Tensor], W: Tensor, factors: LayerFactors, candidates: Sequence[ClipCandidate]) -> Tensor:
+    """Relative output error of each candidate on each bin's tokens, float32 [bins, C].
 
-    x [T, K] is the raw input, reference [T, N] what the unquantized layer gives (without bias).
+    bins: raw inputs x [T, K] of each bin; W [N, K] is the weight of the unquantized layer, whose output (without bias) is the
+    reference.
     """
-    exact = exact_path(x, factors)  # the same for every candidate
-    errors = [
-        relative_error(main_path(x, factors, candidate.ratio, candidate.exponent_offset) + exact, reference)
-        for candidate in candidates
-    ]
-    return torch.stack(errors)
+    Q = main_weight(factors)
+    return torch.stack([_errors_of_bin(x, W, Q, factors, candidates) for x in bins])
+
+
+def _errors_of_bin(x: Tensor, W: Tensor, Q: Tensor, factors: LayerFactors, candidates: Sequence[ClipCandidate]) -> Tensor:
+    reference = x @ W.T
+    z, exact = factors.transform.apply(x), exact_path(x, factors)  # the same for every candidate
+    seen = (round_input(z, factors.precision, candidate.ratio, candidate.exponent_offset) for candidate in candidates)
+    return torch.stack([relative_error(torch.addmm(exact, rounded, Q.T), reference) for rounded in seen])
 
 
 def choose_clip(errors: Tensor) -> ClipChoice:

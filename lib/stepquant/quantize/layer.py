@@ -60,13 +60,20 @@ def layer_output(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponen
 
 def main_path(x: Tensor, factors: LayerFactors, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
     """The 4-bit part of the output, float32 [T, N]."""
-    precision = factors.precision
-    seen = factors.transform.apply(x)
-    if precision.activation is not None:
-        seen = precision.activation.fake_quantize(
-            seen, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding
-        )
-    return seen @ precision.weight.decode(factors.codes, factors.scales).T
+    seen = round_input(factors.transform.apply(x), factors.precision, clip, exponent_offset)
+    return seen @ main_weight(factors).T
+
+
+def main_weight(factors: LayerFactors) -> Tensor:
+    """What the codes stand for, float32 [N, K]; it belongs to the transformed input."""
+    return factors.precision.weight.decode(factors.codes, factors.scales)
+
+
+def round_input(z: Tensor, precision: Precision, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
+    """The transformed input z [T, K] as the 4-bit GEMM sees it; as it is where activations stay unquantized."""
+    if precision.activation is None:
+        return z
+    return precision.activation.fake_quantize(z, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding)
 
 
 def exact_path(x: Tensor, factors: LayerFactors) -> Tensor:

@@ -24,26 +24,20 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
 
     Raises UserError if the rank is negative or larger than the matrix allows.
     """
-    if not 0 <= rank <= min(W.shape):
-        raise UserError(
-            f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}"
-        )
-    U, S, Vh = _truncated_svd(W.float(), rank, seed)
-    root = S.sqrt()
-    return root[:, None] * Vh, U * root
+    _check_rank(W, rank)
+    return _balanced(*_truncated_svd(W.float(), rank, seed))
 
 
-def weighted_low_rank_factors(W: Tensor, H: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, as `low_rank_factors`.
+def weighted_low_rank_factors(W: Tensor, U: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H^-1 = U^T U.
 
-    With H [K, K] the (damped) second moments of x, this is the error of x @ L.T on those tokens, not that of the weight:
-    for H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040). Raises UserError if H is not positive definite.
+    U float32 [K, K], upper triangular, as GPTQ factors the (damped) second moments of x: this is the error of x @ L.T on those
+    tokens, not that of the weight. With the root C = U^-1 of H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040).
+    Shapes and errors as in `low_rank_factors`.
     """
-    C, info = torch.linalg.cholesky_ex(H.float())
-    if info != 0:
-        raise UserError("low-rank branch: second moments are not positive definite; raise gptq.damping or capture more tokens")
-    down, up = low_rank_factors(W.float() @ C, rank, seed=seed)
-    return torch.linalg.solve_triangular(C, down, upper=False, left=False), up
+    _check_rank(W, rank)
+    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, U))
+    return down @ U, up
 
 
 def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,20 +50,39 @@ def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> T
     return (W.float() - proj_up.float() @ proj_down.float().T) * smooth.float()
 
 
-def _truncated_svd(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomized SVD with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+def _check_rank(W: Tensor, rank: int) -> None:
+    if not 0 <= rank <= min(W.shape):
+        raise UserError(f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}")
 
-    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds. Where the sketch would hold a good
-    part of the matrix nothing is saved, and the SVD is exact.
+
+def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """(down, up) with the singular values shared evenly."""
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def _truncated_svd(W: Tensor, rank: int, seed: int, U: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomized SVD of W, or of W U^-1, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W U^-1 is only ever applied to thin
+    matrices, never formed. Where the sketch would hold a good part of the matrix nothing is saved, and the SVD is exact.
     """
     if 8 * (rank + OVERSAMPLING) >= min(W.shape):
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
+        dense = W if U is None else torch.linalg.solve_triangular(U, W, upper=True, left=False)
+        left, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+        return left[:, :rank], S[:rank], Vh[:rank]
+
+    def apply(thin: Tensor) -> Tensor:
+        return W @ (thin if U is None else torch.linalg.solve_triangular(U, thin, upper=True))
+
+    def apply_transposed(thin: Tensor) -> Tensor:
+        return W.T @ thin if U is None else torch.linalg.solve_triangular(U.T, W.T @ thin, upper=False)
+
     # Drawn on the CPU, so that a GPU sees the same sketch.
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(W.shape[1], rank + OVERSAMPLING, generator=generator).to(W)
-    Q = torch.linalg.qr(W @ sketch).Q
+    Q = torch.linalg.qr(apply(sketch)).Q
     for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return Q @ U[:, :rank], S[:rank], Vh[:rank]
+        Q = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(Q)).Q)).Q
+    left, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
+    return Q @ left[:, :rank], S[:rank], Vh[:rank]

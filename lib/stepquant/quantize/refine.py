@@ -9,7 +9,6 @@ SVDQuant's reference code alternates with rounding to nearest and the plain norm
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from stepquant.formats import Scales
@@ -41,17 +40,16 @@ def rounded_by_gptq(
     return LayerFactors(codes, scales, transform, proj_down, proj_up, transform.offset(W, proj_down, proj_up), precision)
 
 
-def refit_branch(W: Tensor, factors: LayerFactors, H: Tensor, *, damping: float, seed: int) -> LayerFactors:
-    """The same codes with the branch that is best for them, in the norm of H [K, K], second moments of x - mean.
+def refit_branch(W: Tensor, factors: LayerFactors, factor: InverseFactor, *, seed: int) -> LayerFactors:
+    """The same codes with the branch that is best for them, in the norm of the second moments that `factor` is of.
 
     The codes stay as they are: they are still those of the old residual. Raises UserError as `weighted_low_rank_factors`.
     """
-    transform, s = factors.transform, factors.transform.smooth.float()
-    H = H.float() / s[:, None] / s
-    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    # A rotation is its own inverse: this is what the codes stand for in the smoothed space, where the branch lives.
-    rounded = rotate(factors.precision.weight.decode(factors.codes, factors.scales), transform.rotation)
-    rank = factors.proj_down.shape[1]
-    down, up = weighted_low_rank_factors(W.float() * s - rounded, H, rank, seed=seed)
+    transform = factors.transform
+    lost = rotate(W.float() * transform.smooth.float(), transform.rotation)
+    lost -= factors.precision.weight.decode(factors.codes, factors.scales)
+    down, up = weighted_low_rank_factors(lost[:, factor.order], factor.U, factors.proj_down.shape[1], seed=seed)
+    # Back from the order that GPTQ visits columns in, and from the rotated space (a rotation is its own inverse).
+    down = rotate(down[:, factor.order.argsort()], transform.rotation)
     proj_down, proj_up = stored_branch(down, up, transform.smooth)
     return replace(factors, proj_down=proj_down, proj_up=proj_up, offset=transform.offset(W, proj_down, proj_up))

@@ -26,10 +26,10 @@ def rotate(x: Tensor, block: int) -> Tensor:
     return (x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)).flatten(-2)
 
 
-def check_rotation(block: int, K: int) -> None:
-    """Raises UserError unless block is 0 or a power of two that divides K."""
+def check_rotation(block: int, K: int, what: str = "rotation") -> None:
+    """Raises UserError naming `what` unless block is 0 or a power of two that divides K."""
     if block and (block < 0 or block.bit_count() != 1 or K % block):
-        raise UserError(f"rotation: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
+        raise UserError(f"{what}: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
 
 
 def hadamard(order: int) -> Tensor:

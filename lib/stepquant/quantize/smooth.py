@@ -6,7 +6,7 @@ as stored everywhere.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,18 +84,20 @@ def search_transform(
     rotations with the best exponents. The residual is rounded to nearest here, since GPTQ per candidate would cost much.
     Of equal candidates the first wins.
     """
-    reference, w_span = x.float() @ W.float().T, W.float().abs().amax(dim=0)
-    smooths = [smoothing_factor(x_span, w_span, alpha=alpha, beta=beta) for alpha, beta in exponents]
-    branches = [stored_branch(*low_rank_factors(W.float() * smooth.float(), rank, seed=seed), smooth) for smooth in smooths]
+    W, x = W.float(), x.float()
+    reference, w_span = x @ W.T, W.abs().amax(dim=0)
 
-    def error(candidate: int, rotation: int) -> float:
-        transform = InputTransform(smooths[candidate], mean, rotation)
-        layer = round_to_nearest(W, transform, *branches[candidate], precision)
+    def error(transform: InputTransform, branch: tuple[Tensor, Tensor]) -> float:
+        layer = round_to_nearest(W, transform, *branch, precision)
         return relative_error(layer_output(x, layer, 1.0, 0), reference).item()
 
-    errors = tuple(error(i, rotations[0]) for i in range(len(exponents)))
-    best = errors.index(min(errors))
-    rotation_errors = (errors[best], *(error(best, rotation) for rotation in rotations[1:]))
-    rotation = rotations[rotation_errors.index(min(rotation_errors))]
-    transform = InputTransform(smooths[best], mean, rotation)
-    return TransformSearch(transform, *branches[best], *exponents[best], errors, rotation_errors)
+    errors: list[float] = []
+    for alpha, beta in exponents:
+        smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=beta)
+        candidate = InputTransform(smooth, mean, rotations[0]), stored_branch(*low_rank_factors(W * smooth.float(), rank, seed=seed), smooth)
+        errors.append(error(*candidate))
+        if errors.index(min(errors)) == len(errors) - 1:  # only the best is kept: at 13,824 channels each takes its share of memory
+            (transform, branch), chosen = candidate, (alpha, beta)
+    rotation_errors = (min(errors), *(error(replace(transform, rotation=rotation), branch) for rotation in rotations[1:]))
+    transform = replace(transform, rotation=rotations[rotation_errors.index(min(rotation_errors))])
+    return TransformSearch(transform, *branch, *chosen, tuple(errors), rotation_errors)

@@ -40,7 +40,8 @@ class InputTransform:
     def moments(self, H: Tensor) -> Tensor:
         """Second moments [K, K] of `apply(x)`, from those of x - mean."""
         s = self.smooth.float()
-        H = H.float() / s[:, None] / s
+        H = H.float() / s[:, None]
+        H /= s
         return rotate(rotate(H, self.rotation).T, self.rotation)
 
     def residual(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:

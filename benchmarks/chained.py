@@ -1,0 +1,99 @@
+"""Does it help to calibrate the low-noise expert behind the quantized high-noise one?
+
+    python benchmarks/chained.py --prompts 24
+
+Usually both experts are calibrated on what the BF16 pipeline does; but when a video is sampled in four bits, the low-noise
+expert goes on from latents that the quantized high-noise expert made. This runs the pipeline in a copy of this checkout, records the
+calibration prompts anew with the packed high-noise expert before the BF16 low-noise one, quantizes the low-noise expert on that, and
+compares: its layer error on held-out tokens of the new kind, and the videos.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.checkout import Checkout, temporary_checkout
+from stages import artifacts
+from stages.common import read_json
+from stages.evaluate import layer_errors
+from stages.pipeline import ready_to_sample, source_pipeline
+from stages.trajectories import SPLITS, record
+from stepquant.calibration.arrays import group_metadata
+from stepquant.calibration.prompts import read_manifest, take
+from stepquant.checkpoint.pipeline import load_pipeline
+from stepquant.compute.progress import track
+from stepquant.compute.units import UnitStore, content_key, gather
+from stepquant.evaluate.records import Record, read_records
+from stepquant.evaluate.summary import Bootstrap, interval, paired_difference
+from stepquant.params import section
+
+PARAMS, VARIANT, EXPERT = Path("params.yaml"), "full", "low_noise"
+
+
+def record_behind_quantized() -> None:
+    """Replace the recorded trajectories by those of the packed high-noise expert followed by the source's low-noise one."""
+    sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
+    pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
+    pipe.transformer_2 = source_pipeline(read_json(artifacts.MODEL), section(PARAMS, "compute"), sampling).transformer_2
+    counts = (settings.calibration_prompts, settings.heldout_prompts)
+    rows = read_manifest(Path(settings.manifest))
+    prompts = [p for split, count in zip(SPLITS, counts) for p in take(rows, split, count, settings.manifest)]
+    store, units = UnitStore(Path(".units/chained")), {}
+    for prompt in track(prompts, "trajectories"):
+        units[prompt.id] = store.make(content_key(prompt=prompt.digest()), lambda folder: record(pipe, sampling, prompt, folder))
+    digests = {name: unit.digest for name, unit in units.items()}
+    gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
+
+
+def run(checkout: Checkout, *command: str) -> None:
+    subprocess.run([sys.executable, "-m", *command], cwd=checkout.root, env=checkout.environment, check=True)
+
+
+def low_noise_error() -> float:
+    """Geometric mean over the low-noise expert's sites and bins, on the held-out tokens of its activations as they are now."""
+    errors = layer_errors({"compute": section(PARAMS, "compute")}, read_json(artifacts.MODEL), VARIANT)
+    return geometric_mean(error.error for error in errors if error.expert == EXPERT)
+
+
+def full_record() -> Record:
+    return next(record for record in read_records(artifacts.METRICS) if record.variant == VARIANT)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--prompts", type=int, default=24)
+    arguments = parser.parse_args()
+    with temporary_checkout() as checkout:
+        checkout.set("generate.prompts", arguments.prompts)
+        checkout.repro("evaluate@bf16", f"evaluate@{VARIANT}")
+        os.chdir(checkout.root)
+        torch.set_num_threads(section(PARAMS, "compute").threads)
+        records = [full_record()]
+        record_behind_quantized()
+        run(checkout, "stages.capture", "--expert", EXPERT)
+        errors = [low_noise_error()]
+        for stage in ("lowrank", "gptq", "clip"):
+            run(checkout, f"stages.{stage}", "--expert", EXPERT)
+        for stage in ("pack", "generate", "evaluate"):
+            run(checkout, f"stages.{stage}", "--variant", VARIANT)
+        records.append(full_record())
+        errors.append(low_noise_error())
+    bootstrap = Bootstrap(2000, 0.95, 0)
+    psnr = [{name: video.psnr for name, video in r.videos.per_video.items()} for r in records]
+    for name, error, values in zip(("on the BF16 trajectory", "behind the quantized expert"), errors, psnr):
+        mean = interval(values, bootstrap)
+        print(f"{name}: low-noise layer error {error:.4f}, PSNR {mean['mean']:.2f} dB [{mean['low']:.2f}, {mean['high']:.2f}]")
+    d = paired_difference(psnr[1], psnr[0], bootstrap)
+    print(f"difference: {d['mean']:+.2f} dB [{d['low']:+.2f}, {d['high']:+.2f}]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Ideas that the default recipe does without, each as a recipe of its own: docs/recipe.md says what they are worth.
+
+    python benchmarks/layer_error.py --recipes default IDEA ...
+
+Each is the default with one thing changed, on the pipeline's own stages where these can express it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.layers import Layer
+from benchmarks.recipes import RANK, SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
+from stages.blocks import precision_of, site_branch, site_layer, site_transform
+from stages.gptq import choose_scales
+from stepquant.calibration.activations import Activations
+from stepquant.formats import Format
+from stepquant.quantize.clip import ClipCandidate, clip_errors
+from stepquant.quantize.gptq import gptq, inverse_factor
+from stepquant.quantize.layer import LayerFactors, layer_output, relative_error
+from stepquant.quantize.lowrank import low_rank_factors, stored_branch
+from stepquant.quantize.rotate import rotate
+from stepquant.quantize.smooth import round_to_nearest
+from stepquant.quantize.transform import InputTransform
+
+
+@dataclass(frozen=True)
+class PerBin:
+    """A layer that differs from bin to bin in more than its clip."""
+
+    bins: list[Quantized]
+
+    def outputs(self, x: Tensor, W: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bins[b].outputs(x, W, 0)
+
+
+def _per_bin(quantized: Quantized, factors: Callable[[int], LayerFactors], bins: int) -> PerBin:
+    return PerBin([Quantized(factors(b), [quantized.clips[b % len(quantized.clips)]]) for b in range(bins)])
+
+
+# --- smoothing ------------------------------------------------------------------------------------------------------------
+
+
+def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
+    """Smoothing by each channel's absmax, averaged over bins instead of the largest."""
+
+    def averaged() -> Activations:
+        activations = layer.activations()
+        return replace(activations, absmax=activations.absmax.mean(0, keepdim=True))
+
+    return pipeline(replace(layer, activations=averaged), fmt, smooth={"span": "absmax"})
+
+
+def learned_smoothing(layer: Layer, fmt: str) -> Quantized:
+    """log s moved by gradient from the searched one; kept where the search score falls."""
+    stage, block = factored(layer, fmt)
+    W, x, precision = layer.W, torch.cat(block.activations(SITE).search), precision_of(stage["format"])
+    before, branch = site_transform(block, SITE), site_branch(block, SITE, "lowrank")
+    smooth = _learned(W - branch[1].float() @ branch[0].float().T, x, before, precision.activation)
+    after = replace(before, smooth=smooth)
+    learned = stored_branch(*low_rank_factors(W * smooth.float(), RANK, seed=0), smooth)
+    score = {t: _search_score(W, x, round_to_nearest(W, t, *b, precision)) for t, b in ((before, branch), (after, learned))}
+    if score[after] < score[before]:
+        block.keep("lowrank", {"smooth": smooth, "proj_down": learned[0], "proj_up": learned[1]})
+    return clipped(*rounded(stage, block))
+
+
+def _learned(rest: Tensor, x: Tensor, transform: InputTransform, fmt: Format, steps: int = 100) -> Tensor:
+    """s bfloat16 [K] that makes the expected noise small: per group, the squared largest magnitude of the input (a smooth
+    maximum) times the squared weights behind it, plus the same for the weight's own groups. rest [N, K]: what the branch leaves."""
+    tokens = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:512]] - transform.mean.float()
+    start, move = transform.smooth.float().log(), torch.zeros(len(transform.smooth), requires_grad=True)
+    optimizer = torch.optim.Adam([move], lr=0.05)
+    with torch.enable_grad():
+        for _ in range(steps):
+            s = (start + move).exp()
+            z = rotate(tokens / s, transform.rotation).unflatten(-1, (-1, fmt.group))
+            weight = rotate(rest * s, transform.rotation).square().sum(0).unflatten(0, (-1, fmt.group)).sum(-1)
+            largest = z.abs().pow(8).sum(-1).pow(2 / 8).mean(0)
+            loss = (weight * (largest + z.square().mean((0, 2)))).sum().log()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return s.detach().to(torch.bfloat16)
+
+
+def _search_score(W: Tensor, x: Tensor, factors: LayerFactors) -> float:
+    return relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item()
+
+
+# --- means ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_per_bin(layer: Layer, fmt: str) -> PerBin:
+    """A mean and a bias per bin; codes, branch and clip as in the default."""
+    quantized, means = pipeline(layer, fmt), layer.activations().mean.to(torch.bfloat16)
+
+    def factors(b: int) -> LayerFactors:
+        transform = replace(quantized.factors.transform, mean=means[b])
+        offset = transform.offset(layer.W, quantized.factors.proj_down, quantized.factors.proj_up)
+        return replace(quantized.factors, transform=transform, offset=offset)
+
+    return _per_bin(quantized, factors, len(means))
+
+
+def mean_correction(layer: Layer, fmt: str) -> PerBin:
+    """The mean output error of each bin's search tokens taken off by a bias per bin."""
+    quantized, search = pipeline(layer, fmt), layer.activations().search
+
+    def factors(b: int) -> LayerFactors:
+        clip = quantized.clips[b % len(quantized.clips)]
+        error = layer_output(search[b], quantized.factors, clip.ratio, clip.exponent_offset) - search[b] @ layer.W.T
+        return replace(quantized.factors, offset=quantized.factors.offset - error.mean(0))
+
+    return _per_bin(quantized, factors, len(search))
+
+
+# --- branch and rounding --------------------------------------------------------------------------------------------------
+
+
+def branch_against_noise(layer: Layer, fmt: str) -> Quantized:
+    """The first branch takes out what the activations' rounding noise would be multiplied with: SVD weighted by its variance."""
+    stage, block = factored(layer, fmt)
+    transform = site_transform(block, SITE)
+    root = _noise(stage, block, transform).sqrt()
+    down, up = low_rank_factors(rotate(layer.W * transform.smooth.float(), transform.rotation) * root, RANK, seed=0)
+    branch = stored_branch(rotate(down / root, transform.rotation), up, transform.smooth)
+    block.keep("lowrank", {"proj_down": branch[0], "proj_up": branch[1]})
+    return clipped(*rounded(stage, block))
+
+
+def noisy_moments(layer: Layer, fmt: str) -> Quantized:
+    """The last GPTQ aims at what the rounded inputs see: with D the variance of their noise, taken as uncorrelated, the best
+    real-valued weight is R H (H + D)^-1, and H + D is the norm of its rounding."""
+    stage, block = rounded(*factored(layer, fmt))
+    final = site_layer(block, SITE, precision_of(stage["format"]))
+    transform, activations = final.transform, block.activations(SITE)
+    H = transform.moments(activations.second_moment_about(transform.mean))
+    noisy = H + torch.diag(_noise(stage, block, transform))
+    target = torch.linalg.solve(noisy, H @ transform.residual(layer.W, final.proj_down, final.proj_up).T).T
+    return _with_codes(stage, block, target, noisy)
+
+
+def gptaq(layer: Layer, fmt: str) -> Quantized:
+    """As noisy_moments, with the moments of rounded and unrounded calibration tokens measured instead of modelled (GPTAQ,
+    arXiv 2504.02692); on real sites, whose calibration tokens are not kept, the search tokens have to do."""
+    stage, block = rounded(*factored(layer, fmt))
+    final = site_layer(block, SITE, precision_of(stage["format"]))
+    tokens = torch.cat(block.activations(SITE).search) if layer.calibration is None else layer.calibration
+    z = final.transform.apply(tokens)
+    seen = final.precision.activation.fake_quantize(z, rounding=final.precision.activation_rounding)
+    H, cross = seen.T @ seen / len(seen), seen.T @ z / len(seen)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
+    target = torch.linalg.solve(damped, cross @ final.transform.residual(layer.W, final.proj_down, final.proj_up).T).T
+    return _with_codes(stage, block, target, H)
+
+
+def _with_codes(stage: Stage, block: OneLayer, target: Tensor, H: Tensor) -> Quantized:
+    """The layer with the codes of GPTQ of `target` [N, K] under second moments H, its branch as it is."""
+    precision, settings = precision_of(stage["format"]), stage["gptq"]
+    final = site_layer(block, SITE, precision)
+    factor = inverse_factor(H, damping=settings.damping, act_order=settings.act_order)
+    scales = choose_scales(settings.scales, precision, target)
+    factors = replace(final, codes=gptq(target, factor, scales, precision.weight), scales=scales)
+    return Quantized(factors, clipped(stage, block).clips)
+
+
+def _noise(stage: Stage, block: OneLayer, transform: InputTransform) -> Tensor:
+    """Variance of the activations' rounding noise per transformed channel on the search tokens, float32 [K]."""
+    precision, z = precision_of(stage["format"]), transform.apply(torch.cat(block.activations(SITE).search))
+    rounded_z = precision.activation.fake_quantize(z, rounding=precision.activation_rounding)
+    return (rounded_z - z).square().mean(0).clamp(min=1e-12)
+
+
+def damping_per_site(layer: Layer, fmt: str) -> Quantized:
+    """The damping out of 0.01, 0.1 and 0.5 with the smallest error of the quantized weights on the search tokens."""
+    tried = [pipeline(layer, fmt, gptq={"damping": damping}) for damping in (0.01, 0.1, 0.5)]
+    x = torch.cat(layer.activations().search)
+    weights_only = [replace(q.factors, precision=replace(q.factors.precision, activation=None)) for q in tried]
+    scores = [_search_score(layer.W, x, factors) for factors in weights_only]
+    return tried[scores.index(min(scores))]
+
+
+def sorted_channels(layer: Layer, fmt: str) -> Quantized:
+    """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
+    _, block = factored(layer, fmt)
+    activations, s = layer.activations(), site_transform(block, SITE).smooth.float()
+    order = (activations.second_moment_about(activations.mean.mean(0)).diagonal().clamp(min=0).sqrt() / s).argsort()
+    quantized = pipeline(_permuted(layer, order), fmt)
+    return _Permuted(quantized, order)
+
+
+@dataclass(frozen=True)
+class _Permuted:
+    """A layer whose input channels are taken in another order."""
+
+    quantized: Quantized
+    order: Tensor
+
+    def outputs(self, x: Tensor, W: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.quantized.outputs(x[:, self.order], W[:, self.order], b)
+
+
+def _permuted(layer: Layer, order: Tensor) -> Layer:
+    def activations() -> Activations:
+        a = layer.activations()
+        return Activations(
+            a.shift[order], a.second_moment[order][:, order], a.absmax[:, order], a.mean[:, order],
+            [x[:, order] for x in a.search], [x[:, order] for x in a.heldout],
+        )
+
+    calibration = None if layer.calibration is None else layer.calibration[:, order]
+    return replace(layer, W=layer.W[:, order], activations=activations, calibration=calibration)
+
+
+# --- clip -----------------------------------------------------------------------------------------------------------------
+
+
+def continuous_clip(layer: Layer, fmt: str) -> Quantized:
+    """The clip ratio refined around the best of the grid, to 1/160 in three halvings of the step."""
+    quantized = pipeline(layer, fmt)
+    search = layer.activations().search
+    clips = [_refined(x, layer.W, quantized.factors, quantized.clips[b % len(quantized.clips)]) for b, x in enumerate(search)]
+    return Quantized(quantized.factors, clips)
+
+
+def _refined(x: Tensor, W: Tensor, factors: LayerFactors, clip: ClipCandidate, step: float = 0.05) -> ClipCandidate:
+    for _ in range(3):
+        step /= 2
+        tried = [replace(clip, ratio=clip.ratio + move) for move in (0.0, -step, step)]
+        clip = tried[int(clip_errors([x], W, factors, tried)[0].argmin())]
+    return clip
+
+
+IDEAS: dict[str, Recipe] = {
+    "absmax_mean_of_bins": absmax_mean_of_bins,
+    "beta_0.1": changed(smooth={"alpha": 0.7, "beta": 0.1}),
+    "beta_0.5": changed(smooth={"alpha": 0.7, "beta": 0.5}),
+    "alpha_to_0.9": changed(smooth={"candidates": [0.5, 0.6, 0.7, 0.8, 0.9]}),
+    "learned_smoothing": learned_smoothing,
+    "mean_per_bin": mean_per_bin,
+    "mean_correction": mean_correction,
+    "branch_against_noise": branch_against_noise,
+    "noisy_moments": noisy_moments,
+    "gptaq": gptaq,
+    "refits_12": changed(gptq={"refits": 12}),
+    "damping_0.1": changed(gptq={"damping": 0.1}),
+    "damping_0.5": changed(gptq={"damping": 0.5}),
+    "damping_per_site": damping_per_site,
+    "sorted_channels": sorted_channels,
+    "coarse_clip": changed(clip={"ratios": [0.6, 0.7, 0.8, 0.9, 1.0]}),
+    "continuous_clip": continuous_clip,
+}

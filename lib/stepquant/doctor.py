@@ -1,0 +1,123 @@
+"""`stepquant doctor`: is this machine ready? Every finding is one line, and says how to mend what is wrong."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from stepquant import params as knobs
+from stepquant.errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "zarr")
+# Distributions of the extra `pipeline`, and what a run without them cannot do.
+PIPELINE = {"dvc": "dvc repro", "scikit-image": "SSIM in stage evaluate", "matplotlib": "plots in stage report", "jinja2": "the page of stage report"}
+LITTLE_SPACE = 20e9  # bytes; the demo takes 1 GB, a real model some hundred (`stepquant plan`)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """fine: False if something has to be mended before the pipeline can run here."""
+
+    line: str
+    fine: bool = True
+
+
+def examine(params: Path) -> Iterator[Finding]:
+    """Everything that is looked at, in the order in which it is shown."""
+    yield Finding(f"python {platform.python_version()} on {platform.system()}, {os.cpu_count()} processors, {_memory() / 1e9:.0f} GB memory")
+    yield from _packages()
+    yield from _devices()
+    yield from _space()
+    yield from _params(params)
+
+
+def _packages() -> Iterator[Finding]:
+    found = {name: _version(name) for name in ("stepquant", *PACKAGES)}
+    if missing := [name for name, number in found.items() if number is None]:
+        yield Finding(f"missing: {', '.join(missing)}; install stepquant again", fine=False)
+    yield Finding(", ".join(f"{name} {number}" for name, number in found.items() if number))
+    for name, use in PIPELINE.items():
+        if _version(name) is None:
+            yield Finding(f"missing: {name}, without which there is no {use}; pip install 'stepquant[pipeline]'", fine=False)
+    if _version("dvc") and _version("ruamel.yaml.clib") is None:
+        yield Finding("slow: DVC reads YAML without ruamel.yaml.clib; pip install 'ruamel.yaml[oldlibyaml]'")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        properties = torch.cuda.get_device_properties(i)
+        yield Finding(f"cuda:{i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    if not count:
+        yield Finding(f"no GPU that this torch ({torch.__version__}) can use; compute.device: cpu works")
+
+
+def _space() -> Iterator[Finding]:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
+    hint = "" if free >= LITTLE_SPACE else "; enough for the demo, `stepquant plan` says what your model takes"
+    yield Finding(f"{free / 1e9:.0f} GB free in {here}{hint}")
+    for name, folder in {"current folder": here, "DVC's state": Path(os.environ.get("DVC_SITE_CACHE_DIR", "/var/tmp"))}.items():
+        if not os.access(folder, os.W_OK):
+            mend = "make it writable" if folder == here else "set DVC_SITE_CACHE_DIR to a folder of yours"
+            yield Finding(f"{name}: {folder} cannot be written; {mend}", fine=False)
+
+
+def _params(file: Path) -> Iterator[Finding]:
+    """The params, the device and the model they name."""
+    if not file.is_file():
+        yield Finding(f"{file}: no such file; `stepquant profile demo` writes one")
+        return
+    checks: tuple[Callable[[Path], str], ...] = (_checked, _device, _model)
+    for check in checks:
+        try:
+            yield Finding(check(file))
+        except UserError as error:
+            yield Finding(str(error), fine=False)
+            return
+
+
+def _checked(file: Path) -> str:
+    knobs.check(file)
+    return f"{file}: fine"
+
+
+def _device(file: Path) -> str:
+    import torch
+
+    device: Any = knobs.section(file, "compute").device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"compute.device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return f"compute.device: {device} works"
+
+
+def _model(file: Path) -> str:
+    from stepquant.models.source import describe_experts
+
+    model = knobs.section(file, "model")
+    if not (Path(model.source) / "model_index.json").is_file():
+        if model.source.count("/") == 1 and not Path(model.source).exists():
+            return f"model.source: {model.source} is no folder here; stage model will download it"
+        raise UserError(f"model.source: {model.source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name")
+    experts = describe_experts(Path(model.source), model.source, model.revision)["experts"]
+    blocks = ", ".join(f"{name} with {found['blocks']} blocks" for name, found in experts.items())
+    return f"model.source: {model.source}: {blocks}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

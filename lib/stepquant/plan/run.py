@@ -1,0 +1,234 @@
+"""What would run: the model's shapes, the params, and how many calls of which size are recorded. Nothing is loaded."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+from stepquant.errors import UserError
+from stepquant.models.bins import make_bins
+from stepquant.models.sites import WAN_SITES
+from stepquant.models.source import EXPERT_FOLDERS, describe_experts
+
+# The Wan VAE: pixels per latent, and frames per latent frame after the first.
+SPATIAL, TEMPORAL = 8, 4
+# Prompts per split where the params take all and the manifest of prompts isn't there to be counted.
+ASSUMED_PROMPTS = {"calibration": 8, "heldout": 4, "evaluation": 16}
+LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One site of a block: linears by module path -> (N, K), and how many tokens a call brings."""
+
+    name: str
+    linears: dict[str, tuple[int, int]]
+    per_bin: bool
+    tokens: int
+
+    @property
+    def N(self) -> int:
+        """Rows of the stacked weight."""
+        return sum(rows for rows, _ in self.linears.values())
+
+    @property
+    def K(self) -> int:
+        return next(iter(self.linears.values()))[1]
+
+    @property
+    def weights(self) -> int:
+        return self.N * self.K
+
+
+@dataclass(frozen=True)
+class ExpertRun:
+    """One expert: its sites, and its recorded calls. steps: per bin and prompt; branches: calls per step."""
+
+    name: str
+    subfolder: str
+    blocks: int
+    sites: tuple[SiteShape, ...]
+    bf16_bytes: int
+    steps: tuple[int, ...]
+    branches: int
+    prompts: dict[str, int]
+
+    @property
+    def weights(self) -> int:
+        """Weights of the quantized linears, all blocks."""
+        return self.blocks * sum(site.weights for site in self.sites)
+
+    @property
+    def rest_bytes(self) -> int:
+        """What stays unquantized, in BF16."""
+        return self.bf16_bytes - 2 * self.weights
+
+    @property
+    def width(self) -> int:
+        return self.sites[0].K
+
+    def calls(self, split: str, b: int | None = None) -> int:
+        """Recorded calls of a split, in one bin or in all."""
+        steps = sum(self.steps) if b is None else self.steps[b]
+        return self.prompts[split] * self.branches * steps
+
+    @property
+    def all_calls(self) -> int:
+        return self.calls("calibration") + self.calls("heldout")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model under some params. knob(section, expert) gives a validated section; other_bytes: the pipeline's other components."""
+
+    manifest: dict[str, Any]
+    other_bytes: int
+    knob: Callable[..., Any]
+
+    @cached_property
+    def prompts(self) -> dict[str, int]:
+        """Prompts per split: as the params say, as the manifest of prompts has, or as assumed."""
+        trajectories, generate = self.knob("trajectories"), self.knob("generate")
+        return {
+            "calibration": _count(trajectories.calibration_prompts, Path(trajectories.manifest), "calibration"),
+            "heldout": _count(trajectories.heldout_prompts, Path(trajectories.manifest), "heldout"),
+            "evaluation": _count(generate.prompts, Path(generate.manifest), "evaluation"),
+        }
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value in the dtype of the arithmetic."""
+        return 4 if self.knob("compute").dtype == "float32" else 2
+
+    @cached_property
+    def latents(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of one video."""
+        sampling = self.knob("sampling")
+        return (sampling.num_frames - 1) // TEMPORAL + 1, sampling.height // SPATIAL, sampling.width // SPATIAL
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Channels, text width and patch of the denoiser's inputs; both experts have the same."""
+        return next(iter(self.manifest["experts"].values()))["inputs"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one call: one per patch of the latents."""
+        return prod(n // patch for n, patch in zip(self.latents, self.inputs["patch_size"]))
+
+    @cached_property
+    def experts(self) -> list[ExpertRun]:
+        return [self._expert(name, described) for name, described in self.manifest["experts"].items()]
+
+    def _expert(self, name: str, described: dict[str, Any]) -> ExpertRun:
+        sampling, spec = self.knob("sampling"), self.knob("bins").model_extra.get(name)
+        if spec is None:
+            raise UserError(f"params: missing key 'bins.{name}'")
+        low, high = described["t_range"]
+        bins = make_bins(spec, low, high, f"bins.{name}")
+        inside = [t for t in timesteps(sampling.steps, sampling.flow_shift) if low <= t < high or t == high]
+        steps = [0] * bins.count
+        for t in inside:
+            steps[bins.index(t)] += 1
+        sites = [self._site(site, shape) for site, shape in described["sites"].items()]
+        branches = 2 if sampling.guidance_scale > 1 else 1
+        return ExpertRun(
+            name, described["subfolder"], described["blocks"], tuple(sites), described["bf16_bytes"], tuple(steps), branches, self.prompts
+        )
+
+    def _site(self, name: str, described: dict[str, Any]) -> SiteShape:
+        per_bin = described["depends_on_timestep"]
+        linears = {path: tuple(shape) for path, shape in described["linears"].items()}
+        return SiteShape(name, linears, per_bin, self.tokens if per_bin else self.knob("sampling").max_sequence_length)
+
+
+def timesteps(steps: int, shift: float) -> list[float]:
+    """t of each sampling step, noisiest first, under a flow shift."""
+    sigmas = (1 - i / steps * (1 - LAST_SIGMA) for i in range(steps))
+    return [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
+
+
+def find_model(source: str, revision: str | None, recorded: Path) -> tuple[dict[str, Any], int]:
+    """Experts and shapes of a source model, and the bytes of its other components, without loading or downloading anything.
+
+    recorded: the manifest that stage model wrote, taken if it is of this source. Else a local folder's headers are read, or the
+    shapes are known. Raises UserError if there is none of these.
+    """
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        found = describe_experts(folder, source, revision)
+    elif source in KNOWN:
+        found = KNOWN[source]
+    elif recorded.is_file() and json.loads(recorded.read_text())["source"] == source:
+        found = json.loads(recorded.read_text())
+    else:
+        raise UserError(f"model.source: {source} is neither a local folder nor known here; run `stepquant model`, which downloads and describes it")
+    return found, OTHER_BYTES.get(source, 0) or _other_bytes(folder, found)
+
+
+def _other_bytes(folder: Path, manifest: dict[str, Any]) -> int:
+    """Bytes of a local pipeline's components other than the experts."""
+    experts = {described["subfolder"] for described in manifest["experts"].values()}
+    files = (path for path in folder.glob("*/**/*") if path.is_file() and path.relative_to(folder).parts[0] not in experts)
+    return sum(path.stat().st_size for path in files)
+
+
+def _count(wanted: int | None, manifest: Path, split: str) -> int:
+    if wanted is not None:
+        return wanted
+    if not manifest.is_file():
+        return ASSUMED_PROMPTS[split]
+    rows = (json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line.strip())
+    return sum(row.get("split") == split for row in rows)
+
+
+def wan_shapes(blocks: int, width: int, ffn: int, text_dim: int, bf16_bytes: int) -> dict[str, Any]:
+    """One expert of a WanTransformer3DModel as the model manifest describes it, without name and range."""
+    shapes = {"ffn.net.0.proj": [ffn, width], "ffn.net.2": [width, ffn]}
+    sites = {
+        site.name: {
+            "depends_on_timestep": site.depends_on_timestep, "linears": {path: shapes.get(path, [width, width]) for path in site.linears},
+        }
+        for site in WAN_SITES
+    }
+    inputs = {"in_channels": 36, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": text_dim}
+    return {"blocks": blocks, "sites": sites, "inputs": inputs, "bf16_bytes": bf16_bytes}
+
+
+# 14,288,901,184 parameters an expert (the files of the hub agree); text encoder 11.36 GB in BF16, VAE 0.51 GB in float32.
+_A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+_A14B_RANGES = {"high_noise": [900.0, 1000], "low_noise": [0, 900.0]}
+KNOWN = {
+    _A14B: {
+        "experts": {
+            name: wan_shapes(40, 5120, 13824, 4096, 2 * 14_288_901_184) | {"subfolder": subfolder, "t_range": _A14B_RANGES[name]}
+            for name, subfolder in EXPERT_FOLDERS.items()
+        }
+    }
+}
+OTHER_BYTES = {_A14B: 11_870_000_000}
+
+
+def rows_kept(run: Run, expert: ExpertRun, site: SiteShape) -> int:
+    """Sampled tokens of a site, both splits, all bins."""
+    capture = run.knob("capture")
+    wanted = {"calibration": capture.search_tokens, "heldout": capture.heldout_tokens}
+    if not site.per_bin:  # the text of each prompt and branch counts once
+        return sum(min(count, expert.prompts[split] * expert.branches * site.tokens) for split, count in wanted.items())
+    return sum(min(count, expert.calls(split, b) * site.tokens) for split, count in wanted.items() for b in range(len(expert.steps)))
+
+
+def search_rows(run: Run, expert: ExpertRun, site: SiteShape) -> int:
+    """Sampled calibration tokens of a site, all bins."""
+    wanted = run.knob("capture").search_tokens
+    if not site.per_bin:
+        return min(wanted, expert.prompts["calibration"] * expert.branches * site.tokens)
+    return sum(min(wanted, expert.calls("calibration", b) * site.tokens) for b in range(len(expert.steps)))
+
+
+def chunks(run: Run, expert: ExpertRun) -> int:
+    """Files of hidden states that one block leaves for the next."""
+    return ceil(expert.all_calls / run.knob("capture").calls_per_chunk)

@@ -1,0 +1,119 @@
+"""A plan as text: a table per machine, what is too small and which parameter helps, and what was assumed."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from stepquant.plan import sizes
+from stepquant.plan.rates import GB, GEMM_SHARE, Machine
+from stepquant.plan.run import ASSUMED_PROMPTS, Run
+from stepquant.plan.work import stage_costs
+
+SAMPLING = ("trajectories", "generate")
+FEW_TOKENS = 4  # per column; stage gptq warns below it
+
+# Which parameter makes a stage smaller. Weights of a whole expert have to fit where videos are sampled.
+SAMPLE_ELSEWHERE = "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
+SMALLER = {
+    "trajectories": SAMPLE_ELSEWHERE,
+    "generate": SAMPLE_ELSEWHERE,
+    "capture": "lower capture.calls_per_chunk, then sampling.num_frames, .height or .width",
+    "lowrank": "lower capture.search_tokens",
+    "gptq": "no parameter helps: second moments of the widest site have to fit",
+    "clip": "lower capture.search_tokens",
+    "pack": "no parameter helps: one block has to fit",
+}
+LESS_DISK = "lower trajectories.calibration_prompts or .heldout_prompts, or sampling.steps: each recorded call leaves its hidden states"
+
+
+def plan_table(run: Run, machine: Machine) -> Table:
+    """A row per stage: time, peak memory, what it leaves on disk and what it needs there meanwhile."""
+    table = Table(title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk", title_justify="left")
+    for column in ("stage", "time", "host", "device", "out", "scratch"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    costs = stage_costs(run, machine)
+    for cost in costs:
+        table.add_row(cost.stage, duration(cost.seconds), *map(_size, (cost.host, cost.device, cost.out, cost.scratch)))
+    own = [cost for cost in costs if not cost.stage.startswith(SAMPLING)]
+    most = (max(cost.host for cost in own), max(cost.device for cost in own), sum(cost.out for cost in own), max(cost.scratch for cost in own))
+    table.add_row("all but sampling", duration(sum(cost.seconds for cost in own)), *map(_size, most), style="bold")
+    return table
+
+
+def warnings(run: Run, machine: Machine) -> Iterator[str]:
+    """What this machine is too small for, and the parameter that helps."""
+    costs = stage_costs(run, machine)
+    for cost in costs:
+        short = [
+            f"{_size(needed)} of {what} and has {_size(there)}"
+            for what, needed, there in (("memory", cost.host, machine.host_bytes), ("device memory", cost.device, machine.device_bytes))
+            if there is not None and needed > there
+        ]
+        if short:
+            yield f"{cost.stage} needs {', '.join(short)}: {SMALLER[cost.stage.split('@')[0]]}"
+    disk = sum(cost.out for cost in costs) + max(cost.scratch for cost in costs)
+    if disk > machine.disk_bytes:
+        yield f"{_size(disk)} of disk are needed, {_size(machine.disk_bytes)} are there: {LESS_DISK}"
+
+
+def calibration_warnings(run: Run) -> Iterator[str]:
+    """Bins without a step, and second moments on too few tokens."""
+    for expert in run.experts:
+        for b, steps in enumerate(expert.steps):
+            if steps == 0:
+                yield f"bins.{expert.name}: no sampling step has t in bin {b}; name fewer or wider bins, or raise sampling.steps"
+        for site in expert.sites:
+            calls = expert.calls("calibration") if site.per_bin else expert.prompts["calibration"] * expert.branches
+            if calls * site.tokens < FEW_TOKENS * site.K:
+                found = f"{calls * site.tokens / site.K:.1f} calibration tokens per column, fewer than {FEW_TOKENS}"
+                yield f"{expert.name} {site.name}: {found}; raise trajectories.calibration_prompts"
+
+
+def model_lines(run: Run) -> Iterator[str]:
+    """The model before and after, and the calls that are recorded."""
+    for expert in run.experts:
+        steps = "/".join(map(str, expert.steps))
+        packed = sizes.packed_expert(run, expert).bytes
+        yield (
+            f"{expert.name}: {expert.blocks} blocks, {_size(expert.bf16_bytes)} in BF16, {_size(packed)} packed; "
+            f"steps per bin {steps}, {expert.all_calls} recorded calls of {run.tokens} tokens"
+        )
+    before = sum(expert.bf16_bytes for expert in run.experts)
+    after = sum(sizes.packed_expert(run, expert).bytes for expert in run.experts)
+    yield (
+        f"resident at inference, with {_size(run.other_bytes)} of other components: {_size(after + run.other_bytes)} packed, "
+        f"{_size(before + run.other_bytes)} in BF16; the experts alone {after / before:.0%}"
+    )
+
+
+def prompt_line(run: Run) -> str:
+    """How many prompts are counted on, and where that comes from."""
+    counts = ", ".join(f"{count} {split}" for split, count in run.prompts.items())
+    return f"prompts: {counts} (from params, else from the manifests they name, else {', '.join(map(str, ASSUMED_PROMPTS.values()))})"
+
+
+def assumptions(machine: Machine) -> str:
+    """What the times of a machine rest on."""
+    tera = f"{machine.bf16 / 1e12:.3g} bfloat16, {machine.moments / 1e12:.3g} second moments, {machine.fp32 / 1e12:.3g} float32"
+    source = "measured" if machine.device_bytes is None else f"{GEMM_SHARE:.0%} of the maker's peak"
+    devices = "" if machine.devices == 1 else f"; {machine.devices} devices share units and calls evenly"
+    return (
+        f"assumed: TFLOPS of a device {tera} ({source}); {machine.column_seconds * 1e6:.0f} us per column of GPTQ; "
+        f"disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.1f} GB/s{devices}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 02 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _size(value: float) -> str:
+    """Bytes in decimal units; "-" for none."""
+    for unit, size in (("GB", GB), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.1 * size:
+            return f"{value / size:.1f} {unit}"
+    return "-"

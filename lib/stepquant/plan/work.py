@@ -1,0 +1,169 @@
+"""What each stage computes, moves and holds: floating-point operations and bytes from shapes, seconds for a machine.
+
+Counted are matrix products, factorizations, GPTQ's column loop, and what goes to and from the scratch disk; the rest is small
+beside them. Units are independent (blocks; in capture and sampling calls), so they are taken to spread evenly over the devices.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
+
+from stepquant.calibration.statistics import PANEL, SLAB
+from stepquant.plan import sizes
+from stepquant.plan.rates import CONTEXT_BYTES, PROCESS_BYTES, Machine
+from stepquant.plan.run import ExpertRun, Run, SiteShape, search_rows
+from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
+
+# Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
+# moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
+LOWRANK = (3, 2, 3, 2)
+GPTQ = (5, 6, 0, 0)
+CLIP = (4, 0, 3, 3)
+# A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
+FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
+STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage on one machine: seconds, peak bytes on the host and on each device (0: there is none), bytes of its out, and
+    bytes of scratch that it needs meanwhile."""
+
+    stage: str
+    seconds: float
+    host: float
+    device: float
+    out: float
+    scratch: float = 0.0
+
+
+def stage_costs(run: Run, machine: Machine) -> list[Cost]:
+    """Every stage but evaluate and report, which are short, in the order in which they run."""
+    costs = [_sampling(run, machine, "trajectories", run.prompts["calibration"] + run.prompts["heldout"], sizes.trajectories(run).bytes)]
+    for stage in (capture, lowrank, gptq, clip):
+        costs += [stage(run, expert, machine) for expert in run.experts]
+    return [*costs, pack(run, machine), _sampling(run, machine, "generate@bf16", run.prompts["evaluation"], 0)]
+
+
+def _sampling(run: Run, machine: Machine, stage: str, prompts: int, out: float) -> Cost:
+    """Whole videos with the BF16 pipeline: one expert on the device, the other components on the host."""
+    flops = prompts * sum(sum(e.steps) * e.branches * e.blocks * forward_flops(run, e) for e in run.experts)
+    largest = max(e.bf16_bytes for e in run.experts) * run.itemsize / 2
+    everything = sum(e.bf16_bytes for e in run.experts) * run.itemsize / 2 + run.other_bytes
+    working = forward_bytes(run, run.experts[0], 1)
+    if machine.device_bytes is None:
+        return Cost(stage, flops / machine.bf16, PROCESS_BYTES + everything + working, 0, out)
+    return Cost(stage, flops / machine.bf16 / machine.devices, PROCESS_BYTES + everything, CONTEXT_BYTES + largest + working, out)
+
+
+def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
+    """Every block's forward over all calls, second moments of the calibration calls, hidden states and sums by way of the disk."""
+    forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
+    moments = expert.blocks * sum(moment_flops(expert, site) for site in expert.sites)
+    scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.share_sums(run, expert).bytes, sizes.activations(run, expert).bytes
+    moved = expert.blocks * scratch / 2
+    disk = moved * (2 / machine.disk + 1 / machine.hash) + kept * (1 / machine.disk + 1 / machine.hash)
+    statistics = sum(4 * site.K**2 for site in expert.sites)
+    block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
+    largest = max(site.K for site in expert.sites)
+    device = block + statistics + 12 * SLAB * largest + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
+    seconds = (forward / machine.bf16 + moments / machine.moments) / machine.devices + disk
+    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch)
+
+
+def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
+    """Candidates of smoothing and rotation on the search tokens, a truncated SVD for each exponent."""
+    smooth, rank = run.knob("smooth", expert.name), run.knob("lowrank", expert.name).rank
+    exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
+    products = exponents + len(run.knob("rotate", expert.name).blocks)  # the reference, the exponents, the other rotations
+
+    def flops(site: SiteShape) -> float:
+        return products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
+
+    seconds = expert.blocks * sum(map(flops, expert.sites)) / machine.fp32
+    device = _worst(run, expert, LOWRANK, lambda site: search_rows(run, expert, site))
+    return _factors(run, expert, machine, "lowrank", seconds, device, sizes.lowrank(run, expert).bytes)
+
+
+def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
+    """A factorization per site; a pass over the columns and a weighted truncated SVD for each refit."""
+    rank, settings = run.knob("lowrank", expert.name).rank, run.knob("gptq", expert.name)
+    refits = settings.refits if rank else 0
+    passes = max(1, refits)
+
+    def seconds(site: SiteShape) -> float:
+        factor = (4 / 3 + (1 / 3 if refits else 0)) * site.K**3  # Cholesky and inverse, and Cholesky once more for the refits
+        flops = factor + passes * site.weights * site.K + refits * sketch_flops(rank, site.weights + site.K**2)
+        return flops / machine.fp32 + passes * site.K * (machine.column_seconds + machine.column_per_row * site.N)
+
+    device = _worst(run, expert, GPTQ, lambda site: 0)
+    total = expert.blocks * sum(map(seconds, expert.sites))
+    return _factors(run, expert, machine, "gptq", total, device, sizes.residual(run, expert).bytes)
+
+
+def clip(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
+    """The reference and every candidate on the search tokens."""
+    settings = run.knob("clip", expert.name)
+    candidates = len(settings.ratios) * (len(settings.exponent_offsets) if run.knob("format").activation == "mxfp4" else 1)
+    flops = sum((1 + candidates) * 2 * search_rows(run, expert, site) * site.weights for site in expert.sites)
+    device = _worst(run, expert, CLIP, lambda site: search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1))
+    return _factors(run, expert, machine, "clip", expert.blocks * flops / machine.fp32, device, sizes.clip(run, expert).bytes)
+
+
+def pack(run: Run, machine: Machine) -> Cost:
+    """Codes and scales laid out anew, a block at a time; what is not quantized is copied."""
+    packed = sizes.checkpoint(run).bytes
+    block = max(sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts)
+    rest = max(expert.rest_bytes for expert in run.experts)
+    return Cost("pack@full", packed * (2 / machine.disk), PROCESS_BYTES + 2 * max(block, rest), 0, packed)
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------------
+
+
+def forward_flops(run: Run, expert: ExpertRun) -> float:
+    """One block's forward of one call: the linears, self-attention, cross-attention."""
+    linears = sum(2 * site.weights * site.tokens for site in expert.sites)
+    text = run.knob("sampling").max_sequence_length
+    return linears + 4 * run.tokens * (run.tokens + text) * expert.width
+
+
+def forward_bytes(run: Run, expert: ExpertRun, calls: int) -> float:
+    """What one block's forward of some calls holds beside its weights."""
+    ffn = max(site.K for site in expert.sites)
+    each = expert.width * (4 * FORWARD_WIDTHS[0] + run.itemsize * FORWARD_WIDTHS[1]) + ffn * (4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1])
+    return calls * run.tokens * each
+
+
+def moment_flops(expert: ExpertRun, site: SiteShape) -> float:
+    """Second moments of one site of one block, all calibration calls; only the panels on and right of the diagonal."""
+    calls = expert.calls("calibration") if site.per_bin else expert.prompts["calibration"] * expert.branches
+    panels = ceil(site.K / PANEL)
+    return calls * 2 * site.K**2 * site.tokens * (panels + 1) / (2 * panels)
+
+
+def sketch_flops(rank: int, weights: float) -> float:
+    """A truncated SVD by sketching: products of a matrix of so many weights with thin ones."""
+    return 0.0 if rank == 0 else (2 + 2 * POWER_ITERATIONS) * 2 * weights * (rank + OVERSAMPLING)
+
+
+def _worst(run: Run, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:
+    """Peak bytes over the sites, from how many copies of what are alive."""
+    weights, moments, tokens, outputs = copies
+    each: Iterable[float] = (
+        4 * (weights * site.weights + moments * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N)) for site in expert.sites
+    )
+    return max(each)
+
+
+def _factors(run: Run, expert: ExpertRun, machine: Machine, stage: str, seconds: float, device: float, out: float) -> Cost:
+    """A stage over independent blocks that reads weights and activations from disk."""
+    read = (2 * expert.weights + sizes.activations(run, expert).bytes) / machine.disk
+    return _cost(f"{stage}@{expert.name}", seconds / machine.devices + read, device, machine, out)
+
+
+def _cost(stage: str, seconds: float, working: float, machine: Machine, out: float, scratch: float = 0.0) -> Cost:
+    """working: what the arithmetic holds, on the host where there is no device of its own."""
+    if machine.device_bytes is None:
+        return Cost(stage, seconds, PROCESS_BYTES + working, 0, out, scratch)
+    return Cost(stage, seconds, PROCESS_BYTES + STAGING_BYTES, CONTEXT_BYTES + working, out, scratch)

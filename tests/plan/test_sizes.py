@@ -1,0 +1,58 @@
+"""What is predicted is what is written: artifact by artifact, on two models that have nothing in common but the code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stepquant.plan.command import make_run
+from stepquant.plan.sizes import artifact_sizes, hidden_states, packed_expert, safetensors_bytes, share_sums
+from stepquant.profiles import read_profiles
+
+WITHIN = 0.1
+NAMES = ("trajectories.zarr", "activations", "lowrank", "residual", "clip", "checkpoints/full")
+
+
+def compare(root: Path, name: str, monkeypatch) -> None:
+    """Predicted against found bytes and files of the artifacts of one kind below a folder."""
+    monkeypatch.chdir(root)
+    sizes = {path: size for path, size in artifact_sizes(make_run(Path("params.yaml"))).items() if path.startswith(name)}
+    assert sizes
+    for path, size in sizes.items():
+        files = [file for file in (root / "artifacts" / path).rglob("*") if file.is_file()]
+        assert size.bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=WITHIN)
+        if not path.startswith("checkpoints"):  # the other components' files are not counted
+            assert size.files == len(files)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_artifacts_of_a_made_shape(made, name, monkeypatch):
+    compare(made, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_artifacts_of_the_tiny_pipeline(workspace, name, monkeypatch):
+    compare(workspace.root, name, monkeypatch)
+
+
+def test_a_safetensors_file_to_the_byte(tmp_path):
+    tensors = {"site.proj_up": torch.zeros(48, 16).bfloat16(), "site.scales": torch.zeros(48, 2), "site.rotation": torch.tensor(64)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    assert safetensors_bytes({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}) == (tmp_path / "file.safetensors").stat().st_size
+
+
+def test_the_real_model(tmp_path, monkeypatch):
+    """14.05 G weights of 4.25 bits (int4 with a bfloat16 scale for 64), a branch of rank 32 and 0.48 GB in BF16 are 8.3 GB an expert;
+    hidden states are 2 bytes for 5,120 channels of 32,760 tokens of 360 calls, twice."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
+    run = make_run(Path("params.yaml"))
+    high, _ = run.experts
+    branch = 40 * 32 * 2 * sum(site.K * len(site.linears) + site.N for site in high.sites)
+    assert packed_expert(run, high).bytes == pytest.approx(14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes, rel=0.002)
+    assert hidden_states(run, high).bytes == 2 * 360 * 32760 * 5120 * 2
+    assert share_sums(run, high).bytes == 2 * 4 * 4 * (6 * 5120**2 + 13824**2)  # 240 calibration calls in shares of 64
+    sizes = artifact_sizes(run)
+    assert max(size.files for size in sizes.values()) < 2000
+    assert sum(sizes[f"activations/{expert.name}.zarr"].bytes for expert in run.experts) == pytest.approx(2 * 96.2e9, rel=0.01)

@@ -1,0 +1,74 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stepquant.plan import work
+from stepquant.plan.command import make_run
+from stepquant.plan.rates import GPUS
+from stepquant.profiles import read_profiles
+
+# A machine that does one operation a second and moves bytes in no time: seconds are operations.
+SLOW = replace(GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, disk=float("inf"), hash=float("inf"))
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
+    return make_run(Path("params.yaml"))
+
+
+def site(expert, name):
+    return next(site for site in expert.sites if site.name == name)
+
+
+def test_the_forward_of_a_block(real):
+    """Every linear on 32,760 tokens but to_k and to_v of attn2, which see 512; two products of attention for each of both."""
+    T, L, D, F = 32760, 512, 5120, 13824
+    expected = 2 * T * (6 * D * D + 2 * D * F) + 2 * L * 2 * D * D + 4 * T * T * D + 4 * T * L * D
+    assert work.forward_flops(real, real.experts[0]) == expected
+
+
+def test_second_moments_cost_little_more_than_half(real):
+    """5 panels of 1,024 make 15 of 25 squares. Calibration calls alone count: 8 prompts, 2 branches, 15 steps; text once."""
+    high = real.experts[0]
+    assert work.moment_flops(high, site(high, "attn1.out")) == 240 * 2 * 5120**2 * 32760 * 15 / 25
+    assert work.moment_flops(high, site(high, "attn2.kv")) == 16 * 2 * 5120**2 * 512 * 15 / 25
+
+
+def test_operations_of_the_factor_stages(real):
+    high = real.experts[0]
+    lowrank = gptq = clip = 0
+    for s in high.sites:
+        rows = 2048 if s.name == "attn2.kv" else 3 * 2048
+        thin = 10 * 2 * (32 + 10)  # ten products with 42 columns
+        lowrank += 5 * 2 * rows * s.weights + 3 * thin * s.weights
+        gptq += (4 / 3 + 1 / 3) * s.K**3 + 6 * s.weights * s.K + 6 * thin * (s.weights + s.K**2)
+        clip += 7 * 2 * rows * s.weights
+    for stage, expected in (("lowrank", lowrank), ("gptq", gptq), ("clip", clip)):
+        assert getattr(work, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
+
+
+def test_eight_devices_take_an_eighth(real):
+    one, eight = (work.stage_costs(real, replace(SLOW, devices=devices)) for devices in (1, 8))
+    for a, b in zip(one, eight):
+        if a.stage != "pack@full":  # which copies
+            assert a.seconds == pytest.approx(8 * b.seconds)
+
+
+def test_memory_does_not_grow_with_blocks(real):
+    manifest = dict(real.manifest)
+    manifest["experts"] = {name: dict(described, blocks=4, bf16_bytes=described["bf16_bytes"] - 36 * 2 * 351_272_960)
+                           for name, described in manifest["experts"].items()}
+    few = replace(real, manifest=manifest)
+    for stage in (work.capture, work.lowrank, work.gptq, work.clip):
+        many = stage(real, real.experts[0], SLOW)
+        assert stage(few, few.experts[0], SLOW).device == pytest.approx(many.device, rel=0.01)
+
+
+def test_on_a_cpu_the_host_holds_it_all(real):
+    cpu = replace(SLOW, device_bytes=None)
+    on_device, on_host = (work.gptq(real, real.experts[0], machine) for machine in (SLOW, cpu))
+    assert on_host.device == 0
+    assert on_host.host - work.PROCESS_BYTES == on_device.device - work.CONTEXT_BYTES
