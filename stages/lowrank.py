@@ -1,5 +1,6 @@
 """lowrank@E: what is done to each site's input (mean, smoothing, rotation), and the low-rank branch (q/k/v jointly)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         check_shapes(manifest, expert, stage["format"], stage["lowrank"].rank, stage["rotate"].blocks)
         sources = {"activations": artifacts.activations(expert)}
         centred = stage["centre"].means
-        run_blocks(stage, expert, sources, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site), centred=centred)
+        run_blocks(stage, expert, sources, artifacts.lowrank(expert), partial(factor_site, stage), centred=centred)
 
 
 def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:
