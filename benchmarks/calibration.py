@@ -2,10 +2,10 @@
 
     python benchmarks/calibration.py trajectories.calibration_prompts 1 2 4 8
     python benchmarks/calibration.py capture.search_tokens 32 64 128 256 512
-    python benchmarks/calibration.py sampling.steps 10 20 40
+    python benchmarks/calibration.py capture.steps_per_bin 1 2 4 null --with sampling.steps=40
 
 Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are always those of the
-params as they stand, so that numbers of different values compare. Prints the geometric mean over sites, blocks and bins per
+params as they stand (with the changes of --with), so that numbers of different values compare. Prints the geometric mean over sites, blocks and bins per
 expert, and per kind of site.
 """
 
@@ -67,8 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("key", help="a parameter of calibration, such as trajectories.calibration_prompts")
     parser.add_argument("values", nargs="+", type=yaml.safe_load)
+    parser.add_argument("--with", nargs="*", default=[], dest="changes", help="KEY=VALUE of other parameters, for all values alike")
     arguments = parser.parse_args()
     with temporary_checkout() as checkout:
+        for change in arguments.changes:
+            key, value = change.split("=")
+            checkout.set(key, yaml.safe_load(value))
         folder = prepare(checkout)
         for i, value in enumerate(arguments.values):
             checkout.set(arguments.key, value)

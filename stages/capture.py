@@ -29,7 +29,7 @@ from stepquant.calibration.activations import block_name
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.capture import replay_block
 from stepquant.calibration.statistics import SitePlan, SiteStatistics, plan_site, write_statistics
-from stepquant.calibration.trajectories import Call, Trajectories
+from stepquant.calibration.trajectories import Call, Trajectories, spread_over_bins
 from stepquant.commands import command, main
 from stepquant.compute.executor import Executor, Task
 from stepquant.compute.progress import Meter, meter
@@ -56,13 +56,19 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         check_expert(manifest, expert)
         blocks = manifest["experts"][expert]["blocks"]
         trajectories = Trajectories(artifacts.TRAJECTORIES)
-        ranges = share_ranges(len(trajectories.calls(expert)), stage["capture"].calls_per_share)
+        bins = expert_bins(stage["bins"], manifest, expert)
+        ranges = share_ranges(len(replayed_calls(trajectories, expert, bins, stage["capture"])), stage["capture"].calls_per_share)
         with stage.executor() as executor, meter(f"capture@{expert}", blocks * len(ranges)) as progress:
-            replay = Replay(stage, manifest, expert, trajectories.digest(), ranges, executor, progress)
+            replay = Replay(stage, manifest, expert, bins, trajectories.digest(), ranges, executor, progress)
             units = {block_name(i): replay.statistics(i, last=i == blocks - 1) for i in range(blocks)}
         contents = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
         texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(contents)}
         gather(units, artifacts.activations(expert), texts)
+
+
+def replayed_calls(trajectories: Trajectories, expert: str, bins: Bins, settings: Capture) -> list[Call]:
+    """The recorded calls of an expert that capture runs through its blocks."""
+    return spread_over_bins(trajectories.calls(expert), bins, settings.steps_per_bin)
 
 
 def share_ranges(calls: int, size: int) -> list[range]:
@@ -74,12 +80,11 @@ class Replay:
     """The calls of one expert on their way through its blocks, seen by the process that hands out the work."""
 
     def __init__(
-        self, stage: Stage, manifest: dict[str, Any], expert: str, trajectories: dict[str, str], ranges: list[range],
+        self, stage: Stage, manifest: dict[str, Any], expert: str, bins: Bins, trajectories: dict[str, str], ranges: list[range],
         executor: Executor, progress: Meter,
     ):
-        self.stage, self.manifest, self.expert = stage, manifest, expert
+        self.stage, self.manifest, self.expert, self.bins = stage, manifest, expert, bins
         self.ranges, self.executor, self.progress = ranges, executor, progress
-        self.bins = expert_bins(stage["bins"], manifest, expert)
         self.inputs = {"model": expert_digest(manifest, expert), "trajectories": trajectories, "bins": self.bins.edges}
 
     def statistics(self, index: int, last: bool) -> Unit:
@@ -133,7 +138,7 @@ class Share:
 
     def __call__(self, folder: Path) -> None:
         trajectories = Trajectories(artifacts.TRAJECTORIES)
-        calls = trajectories.calls(self.expert)
+        calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
         statistics: dict[str, SiteStatistics] = {}
 

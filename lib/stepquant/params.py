@@ -83,9 +83,10 @@ class Trajectories(Section):
 
 
 class Capture(Section):
-    """Tokens kept per site and bin, for searches and for held-out errors; calls that run through a block at once, and calls
-    whose statistics are one unit of work."""
+    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches and for held-out errors;
+    calls that run through a block at once, and calls whose statistics are one unit of work."""
 
+    steps_per_bin: Positive | None
     search_tokens: Positive
     heldout_tokens: Positive
     calls_per_chunk: Positive

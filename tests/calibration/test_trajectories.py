@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from stepquant.calibration.arrays import group_metadata, write_group
-from stepquant.calibration.trajectories import Call, Trajectories, recorded, write_trajectory
+from stepquant.calibration.trajectories import Call, Trajectories, recorded, spread_over_bins, write_trajectory
 from stepquant.errors import UserError
+from stepquant.models.bins import Bins
 
 TIMES = [1000.0, 933.5, 900.0, 421.0]
 EXPERTS = ["high_noise", "high_noise", "low_noise", "low_noise"]
@@ -86,6 +87,20 @@ def test_what_was_recorded_is_what_a_replay_gets(tmp_path):
         assert torch.equal(text[row], embeddings[branch])
     assert hidden.dtype == text.dtype == torch.bfloat16
     assert timestep.tolist() == [933.5, 421.0]
+
+
+def test_replayed_steps_are_spread_over_each_bin_of_each_prompt():
+    """Five steps in the first bin, two in the second. Two of five: the middles of two halves, 5 // 4 = 1 and 15 // 4 = 3; one: the middle."""
+    times = [990, 980, 970, 960, 950, 400, 200]
+    calls = [Call(prompt, "calibration", step, branch, t) for prompt in ("cat", "dog") for step, t in enumerate(times) for branch in (0, 1)]
+    bins = Bins((1000, 900, 0))
+
+    def kept(steps):
+        return [(call.prompt, call.step, call.branch) for call in spread_over_bins(calls, bins, steps)]
+
+    assert kept(2) == [(prompt, step, branch) for prompt in ("cat", "dog") for step in (1, 3, 5, 6) for branch in (0, 1)]
+    assert kept(1) == [(prompt, step, branch) for prompt in ("cat", "dog") for step in (2, 6) for branch in (0, 1)]
+    assert kept(None) == kept(9) == [(call.prompt, call.step, call.branch) for call in calls]
 
 
 def test_without_guidance_there_is_one_branch(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def test_calls_of_the_known_model(real):
     assert (high.steps, low.steps) == ((5, 5, 5), (5, 13, 7))
     assert real.prompts == {"calibration": 8, "heldout": 4, "evaluation": 16}  # nothing to count: as assumed
     assert high.all_calls == 12 * 2 * 15 and low.calls("calibration", 1) == 8 * 2 * 13
+    fewer = replace(low, steps_per_bin=6)
+    assert fewer.all_calls == 12 * 2 * (5 + 6 + 6) and fewer.calls("calibration", 1) == 8 * 2 * 6
 
 
 def test_timesteps_are_those_that_a_pipeline_steps_through():

@@ -19,6 +19,7 @@ import torch
 
 from stepquant.calibration.arrays import open_group, read_tensor, write_group
 from stepquant.errors import UserError
+from stepquant.models.bins import Bins
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,30 @@ class Call:
     step: int
     branch: int
     t: float
+
+
+def spread_over_bins(calls: list[Call], bins: Bins, steps: int | None) -> list[Call]:
+    """The calls of at most `steps` steps of each prompt in each bin, spread evenly over the recorded ones; None keeps all.
+
+    Neighbouring steps of a prompt show nearly the same activations, and at the real size each call costs a forward of every block
+    and 0.3 GB of hidden states (docs/calibration.md).
+    """
+    if steps is None:
+        return calls
+    recorded: dict[tuple[str, int], list[int]] = {}
+    for call in calls:
+        known = recorded.setdefault((call.prompt, bins.index(call.t)), [])
+        if call.step not in known:
+            known.append(call.step)
+    kept = {place: _spread(numbers, steps) for place, numbers in recorded.items()}
+    return [call for call in calls if call.step in kept[call.prompt, bins.index(call.t)]]
+
+
+def _spread(numbers: list[int], count: int) -> set[int]:
+    """`count` of the numbers, one from the middle of each of as many equal runs; all of them if there are no more."""
+    if len(numbers) <= count:
+        return set(numbers)
+    return {numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)}
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class ExpertRun:
     steps: tuple[int, ...]
     branches: int
     prompts: dict[str, int]
+    steps_per_bin: int | None
 
     @property
     def weights(self) -> int:
@@ -71,9 +72,9 @@ class ExpertRun:
         return self.sites[0].K
 
     def calls(self, split: str, b: int | None = None) -> int:
-        """Recorded calls of a split, in one bin or in all."""
-        steps = sum(self.steps) if b is None else self.steps[b]
-        return self.prompts[split] * self.branches * steps
+        """Replayed calls of a split, in one bin or in all."""
+        replayed = [steps if self.steps_per_bin is None else min(steps, self.steps_per_bin) for steps in self.steps]
+        return self.prompts[split] * self.branches * (sum(replayed) if b is None else replayed[b])
 
     @property
     def all_calls(self) -> int:
@@ -136,7 +137,8 @@ class Run:
         sites = [self._site(site, shape) for site, shape in described["sites"].items()]
         branches = 2 if sampling.guidance_scale > 1 else 1
         return ExpertRun(
-            name, described["subfolder"], described["blocks"], tuple(sites), described["bf16_bytes"], tuple(steps), branches, self.prompts
+            name, described["subfolder"], described["blocks"], tuple(sites), described["bf16_bytes"], tuple(steps), branches, self.prompts,
+            self.knob("capture").steps_per_bin,
         )
 
     def _site(self, name: str, described: dict[str, Any]) -> SiteShape:

@@ -23,7 +23,7 @@ SMALLER = {
     "clip": "lower capture.search_tokens",
     "pack": "no parameter helps: one block has to fit",
 }
-LESS_DISK = "lower trajectories.calibration_prompts or .heldout_prompts, or sampling.steps: each recorded call leaves its hidden states"
+LESS_DISK = "lower capture.steps_per_bin, or trajectories.calibration_prompts or .heldout_prompts: each replayed call leaves its hidden states"
 
 
 def plan_table(run: Run, machine: Machine) -> Table:
@@ -76,7 +76,7 @@ def model_lines(run: Run) -> Iterator[str]:
         packed = sizes.packed_expert(run, expert).bytes
         yield (
             f"{expert.name}: {expert.blocks} blocks, {_size(expert.bf16_bytes)} in BF16, {_size(packed)} packed; "
-            f"steps per bin {steps}, {expert.all_calls} recorded calls of {run.tokens} tokens"
+            f"steps per bin {steps}, {expert.all_calls} replayed calls of {run.tokens} tokens"
         )
     before = sum(expert.bf16_bytes for expert in run.experts)
     after = sum(sizes.packed_expert(run, expert).bytes for expert in run.experts)
