@@ -20,7 +20,6 @@ from diffusers import WanTransformer3DModel  # noqa: F401 - imported before the 
 
 from stepquant.compute.units import MARKER, file_digests
 
-FIRST_LIMIT = 0.5  # seconds within which a stage is killed; longer and longer
 LONGEST = 300
 
 
@@ -71,24 +70,25 @@ class Units:
 
 
 def torment(folder: str, command: list[str], out: str, kills: int) -> list[int]:
-    """Kill a stage so many times, let it end, and compare its out with the one that was there.
+    """Run a stage undisturbed, kill it so many times within the time that this took, let it end, and compare its out with the first.
 
     Gives how many units there were after each kill, and at the end.
     """
     place = Path(folder) / out
-    expected, limit, counts = file_digests(place), FIRST_LIMIT, []
+    expected, counts, began = file_digests(place), [], time.monotonic()
+    assert ended(start(folder, command), LONGEST), "the stage hangs"
+    duration = time.monotonic() - began
     units = Units(Path(folder) / ".units" / "@".join([command[0].removeprefix("stages."), command[2]]))
+    units.forget()
     while len(counts) < kills:
-        child, began = start(folder, command), time.monotonic()
-        if ended(child, random.uniform(0, limit)):  # too late: once more from the start
-            limit = 0.7 * (time.monotonic() - began)
+        child = start(folder, command)
+        if ended(child, random.uniform(0, duration)):  # too late: once more from the start
             units.forget()
             continue
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         units.observe()
         counts.append(len(units.seen))
-        limit *= 1.5
     assert ended(start(folder, command), LONGEST), "the stage hangs"
     units.observe()
     assert file_digests(place) == expected, f"{place} is another"
