@@ -10,15 +10,15 @@ from math import ceil
 
 from stepquant.calibration.statistics import PANEL, SLAB
 from stepquant.plan import sizes
-from stepquant.plan.rates import CONTEXT_BYTES, PROCESS_BYTES, Machine
+from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
 from stepquant.plan.run import ExpertRun, Run, SiteShape, search_rows
 from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 
 # Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
 # moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
-LOWRANK = (3, 2, 3, 2)
-GPTQ = (5, 6, 0, 0)
-CLIP = (4, 0, 3, 3)
+LOWRANK = (2, 2, 3, 2)
+GPTQ = (4, 5, 0, 0)
+CLIP = (3, 0, 3, 3)
 # A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
 STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
@@ -71,7 +71,7 @@ def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     statistics = sum(4 * site.K**2 for site in expert.sites)
     block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
-    device = block + statistics + 12 * SLAB * largest + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
+    device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
     seconds = (forward / machine.bf16 + moments / machine.moments) / machine.devices + disk
     return _cost(f"capture@{expert.name}", seconds, device, machine, kept, hidden)
 
