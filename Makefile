@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	dvc repro
 	stepquant show
 
-test: $(VENV)/installed $(VENV)/peers/installed
+test: $(VENV)/installed $(VENV)/peers/installed $(VENV)/ray/installed
 	python -m pytest -n 2 --dist worksteal
 
 reproduce: demo
@@ -37,4 +37,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 # Independent implementations that the tests compare with; apart, because diffusers would pick up torchao.
 $(VENV)/peers/installed: requirements-peers.lock $(VENV)/installed
 	pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers -r requirements-peers.lock
+	touch $@
+
+# The extra `ray` and what it needs beyond requirements.lock; apart, because only tests need it here, and it takes 250 MB.
+$(VENV)/ray/installed: requirements-ray.lock $(VENV)/installed
+	pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/ray -r requirements-ray.lock
 	touch $@

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from benchmarks.layers import Layer
 from benchmarks.recipes import RANK, SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
-from stages.blocks import precision_of, site_branch, site_layer, site_transform
+from stages.blocks import precision_of, site_layer, site_transform
 from stages.gptq import choose_scales
 from stepquant.calibration.activations import Activations
-from stepquant.formats import Format
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.layer import LayerFactors, layer_output, relative_error
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.rotate import rotate
-from stepquant.quantize.smooth import round_to_nearest
 from stepquant.quantize.transform import InputTransform
 
 
@@ -40,6 +38,11 @@ def _per_bin(quantized: Quantized, factors: Callable[[int], LayerFactors], bins:
     return PerBin([Quantized(factors(b), [quantized.clips[b % len(quantized.clips)]]) for b in range(bins)])
 
 
+def _changed(activations: Activations, change: Callable[[str, Tensor], Tensor]) -> Activations:
+    """The same with each tensor changed, by its name."""
+    return Activations(lambda name: change(name, activations._load(name)), activations._bins)
+
+
 # --- smoothing ------------------------------------------------------------------------------------------------------------
 
 
@@ -47,43 +50,9 @@ def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
     """Smoothing by each channel's absmax, averaged over bins instead of the largest."""
 
     def averaged() -> Activations:
-        activations = layer.activations()
-        return replace(activations, absmax=activations.absmax.mean(0, keepdim=True))
+        return _changed(layer.activations(), lambda name, t: t.mean(0, keepdim=True) if name == "absmax" else t)
 
     return pipeline(replace(layer, activations=averaged), fmt, smooth={"span": "absmax"})
-
-
-def learned_smoothing(layer: Layer, fmt: str) -> Quantized:
-    """log s moved by gradient from the searched one; kept where the search score falls."""
-    stage, block = factored(layer, fmt)
-    W, x, precision = layer.W, torch.cat(block.activations(SITE).search), precision_of(stage["format"])
-    before, branch = site_transform(block, SITE), site_branch(block, SITE, "lowrank")
-    smooth = _learned(W - branch[1].float() @ branch[0].float().T, x, before, precision.activation)
-    after = replace(before, smooth=smooth)
-    learned = stored_branch(*low_rank_factors(W * smooth.float(), RANK, seed=0), smooth)
-    score = {t: _search_score(W, x, round_to_nearest(W, t, *b, precision)) for t, b in ((before, branch), (after, learned))}
-    if score[after] < score[before]:
-        block.keep("lowrank", {"smooth": smooth, "proj_down": learned[0], "proj_up": learned[1]})
-    return clipped(*rounded(stage, block))
-
-
-def _learned(rest: Tensor, x: Tensor, transform: InputTransform, fmt: Format, steps: int = 100) -> Tensor:
-    """s bfloat16 [K] that makes the expected noise small: per group, the squared largest magnitude of the input (a smooth
-    maximum) times the squared weights behind it, plus the same for the weight's own groups. rest [N, K]: what the branch leaves."""
-    tokens = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:512]] - transform.mean.float()
-    start, move = transform.smooth.float().log(), torch.zeros(len(transform.smooth), requires_grad=True)
-    optimizer = torch.optim.Adam([move], lr=0.05)
-    with torch.enable_grad():
-        for _ in range(steps):
-            s = (start + move).exp()
-            z = rotate(tokens / s, transform.rotation).unflatten(-1, (-1, fmt.group))
-            weight = rotate(rest * s, transform.rotation).square().sum(0).unflatten(0, (-1, fmt.group)).sum(-1)
-            largest = z.abs().pow(8).sum(-1).pow(2 / 8).mean(0)
-            loss = (weight * (largest + z.square().mean((0, 2)))).sum().log()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return s.detach().to(torch.bfloat16)
 
 
 def _search_score(W: Tensor, x: Tensor, factors: LayerFactors) -> float:
@@ -205,11 +174,7 @@ class _Permuted:
 
 def _permuted(layer: Layer, order: Tensor) -> Layer:
     def activations() -> Activations:
-        a = layer.activations()
-        return Activations(
-            a.shift[order], a.second_moment[order][:, order], a.absmax[:, order], a.mean[:, order],
-            [x[:, order] for x in a.search], [x[:, order] for x in a.heldout],
-        )
+        return _changed(layer.activations(), lambda name, t: t[order][:, order] if name == "second_moment" else t[..., order])
 
     calibration = None if layer.calibration is None else layer.calibration[:, order]
     return replace(layer, W=layer.W[:, order], activations=activations, calibration=calibration)
@@ -239,7 +204,7 @@ IDEAS: dict[str, Recipe] = {
     "beta_0.1": changed(smooth={"alpha": 0.7, "beta": 0.1}),
     "beta_0.5": changed(smooth={"alpha": 0.7, "beta": 0.5}),
     "alpha_to_0.9": changed(smooth={"candidates": [0.5, 0.6, 0.7, 0.8, 0.9]}),
-    "learned_smoothing": learned_smoothing,
+    "gradient_120": changed(smooth={"gradient_steps": 120}),
     "mean_per_bin": mean_per_bin,
     "mean_correction": mean_correction,
     "branch_against_noise": branch_against_noise,

@@ -211,6 +211,7 @@ RECIPES: dict[str, Recipe] = {
     "default": pipeline,
     "no_rotation": changed(rotate={"blocks": [0]}),
     "no_centring": changed(centre={"means": False}),
+    "no_gradient": changed(smooth={"gradient_steps": 0}),
     "absmax_span": changed(smooth={"span": "absmax"}),
     "absmax_scales": changed(gptq={"scales": "absmax"}),
     "no_refits": changed(gptq={"refits": 0}),

@@ -7,31 +7,33 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages import artifacts
 from stages.common import Stage, read_json, to_json
 from stages.expert import check_expert, open_expert
 from stepquant.calibration.activations import Activations, block_name, read_activations, site_folder
-from stepquant.compute.progress import track
+from stepquant.compute.executor import Task
+from stepquant.compute.progress import meter
 from stepquant.compute.units import gather
 from stepquant.errors import UserError
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import expert_digest
+from stepquant.params import Compute
 from stepquant.quantize.layer import LayerFactors, Precision
 from stepquant.quantize.rotate import check_rotation
 from stepquant.quantize.transform import InputTransform
 
 Factors = dict[str, torch.Tensor]
 Record = dict[str, Any]
+SiteWork = Callable[["Block", Site], tuple[Factors, Record]]
 
 
 @dataclass(frozen=True)
@@ -54,36 +56,50 @@ class Block:
 
 
 def read_factor(folder: Path, index: int, name: str, device: str) -> torch.Tensor:
-    """One tensor of a block's factors."""
-    with safe_open(folder / block_name(index) / "factors.safetensors", framework="pt", device=device) as file:
-        return file.get_tensor(name)
+    """One tensor of a block's factors. Raises UserError if their file is missing or damaged."""
+    path = folder / block_name(index) / "factors.safetensors"
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return file.get_tensor(name)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); remove {folder} and run its stage again") from None
 
 
-def run_blocks(
-    stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: Callable[[Block, Site], tuple[Factors, Record]], **extra: Any
-) -> None:
-    """Do `work` for every site of every block of an expert, and gather the blocks into `out`.
+@dataclass(frozen=True)
+class BlockWork:
+    """The work of one unit: every site of one block. Any process that shares the artifacts can do it."""
 
-    sources: the artifacts this stage reads, by name; each has a manifest.json with its blocks' digests. extra: what else
-    the manifest shall say.
-    """
-    manifest = read_json(artifacts.MODEL)
-    check_expert(manifest, expert)
-    digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
-    model = cache(lambda: open_expert(manifest, expert, stage["compute"]))  # not opened at all when every unit is there
+    index: int
+    expert: str
+    manifest: dict[str, Any]
+    compute: Compute
+    sources: dict[str, Path]
+    work: SiteWork
 
-    def make(index: int, folder: Path) -> None:
-        block = Block(index, model(), sources)
-        results = {site.name: work(block, site) for site in WAN_SITES}
+    def __call__(self, folder: Path) -> None:
+        block = Block(self.index, open_expert(self.manifest, self.expert, self.compute), self.sources)
+        results = {site.name: self.work(block, site) for site in WAN_SITES}
         tensors = {f"{name}.{key}": t.cpu().contiguous() for name, (factors, _) in results.items() for key, t in factors.items()}
         save_file(tensors, folder / "factors.safetensors")
         (folder / "record.json").write_text(to_json({name: record for name, (_, record) in results.items()}))
 
-    units = {}
-    for index in track(range(manifest["experts"][expert]["blocks"]), f"{stage.name}@{expert}"):
+
+def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: SiteWork, **extra: Any) -> None:
+    """Do `work` for every site of every block of an expert, and gather the blocks into `out`.
+
+    sources: the artifacts this stage reads, by name; each has a manifest.json with its blocks' digests. work: it may run
+    in another process, so it is a function of a module or a partial of one. extra: what else the manifest shall say.
+    """
+    manifest = read_json(artifacts.MODEL)
+    check_expert(manifest, expert)
+    digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
+    tasks = {}
+    for index in range(manifest["experts"][expert]["blocks"]):
         name = block_name(index)
         key = stage.key(block=index, model=expert_digest(manifest, expert), **{source: found[name] for source, found in digests.items()})
-        units[name] = stage.units.make(key, lambda folder: make(index, folder))
+        tasks[name] = Task(key, BlockWork(index, expert, manifest, stage["compute"], sources, work))
+    with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
+        units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
     gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
 
 

@@ -1,11 +1,21 @@
 """capture@E: replay the recorded calls of one expert block by block, and keep statistics per site and bin.
 
-Two kinds of unit: a block's statistics, which end up in the out, and a block's outputs, which the next block needs and
-which are dropped once it is done. Outputs do not depend on bins or token counts.
+A block's calls are cut into shares of `capture.calls_per_share`, each of which is a unit that any worker can make: it runs
+its calls through the block, keeps their outputs for the next block, and the sums of their statistics. Adding up the shares
+in their order gives the block's statistics, a unit that ends up in the out. Shares are dropped once nothing needs them.
+
+The size of a share is a parameter, and does not follow from the number of workers, because sums depend on where they are
+cut: this way one worker and many give the same bytes, and a killed capture goes on in the middle of a block. The price
+is the sums on disk, 1.4 GB per share of a block that is 5120 wide, beside 0.34 GB of outputs per call (480 x 832, 81
+frames): shares of 64 calls add 6 %.
+
+    <share>/hidden_states.<first call>.safetensors   a chunk's outputs [B, T, D]
+    <share>/<site>.safetensors                       sums and samples (calibration/statistics.py)
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +28,18 @@ from stages.expert import check_expert, open_expert
 from stepquant.calibration.activations import block_name
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.capture import replay_block
-from stepquant.calibration.statistics import SitePlan, SiteStatistics, plan_site
+from stepquant.calibration.statistics import SitePlan, SiteStatistics, plan_site, write_statistics
 from stepquant.calibration.trajectories import Call, Trajectories
 from stepquant.commands import command, main
-from stepquant.compute.progress import track
+from stepquant.compute.executor import Executor, Task
+from stepquant.compute.progress import Meter, meter
 from stepquant.compute.units import Unit, gather
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins, make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.sites import WAN_SITES
 from stepquant.models.source import expert_digest
+from stepquant.params import Capture, Compute
 
 READS = ("compute", "bins", "capture")
 
@@ -42,87 +54,132 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert) as stage:
         manifest = read_json(artifacts.MODEL)
         check_expert(manifest, expert)
-        replay = Replay(stage, manifest, expert)
-        units = {block_name(i): replay.statistics(i) for i in track(range(manifest["experts"][expert]["blocks"]), f"capture@{expert}")}
+        blocks = manifest["experts"][expert]["blocks"]
+        trajectories = Trajectories(artifacts.TRAJECTORIES)
+        ranges = share_ranges(len(trajectories.calls(expert)), stage["capture"].calls_per_share)
+        with stage.executor() as executor, meter(f"capture@{expert}", blocks * len(ranges)) as progress:
+            replay = Replay(stage, manifest, expert, trajectories.digest(), ranges, executor, progress)
+            units = {block_name(i): replay.statistics(i, last=i == blocks - 1) for i in range(blocks)}
         contents = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
         texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(contents)}
         gather(units, artifacts.activations(expert), texts)
 
 
+def share_ranges(calls: int, size: int) -> list[range]:
+    """The calls of each share."""
+    return [range(start, min(start + size, calls)) for start in range(0, calls, size)]
+
+
 class Replay:
-    """The calls of one expert on their way through its blocks."""
+    """The calls of one expert on their way through its blocks, seen by the process that hands out the work."""
 
-    def __init__(self, stage: Stage, manifest: dict[str, Any], expert: str):
-        self.stage = stage
-        self.expert = expert
-        self.manifest = manifest
-        self.trajectories = Trajectories(artifacts.TRAJECTORIES)
-        self.calls: list[Call] = self.trajectories.calls(expert)
-        self.bins: Bins = expert_bins(stage["bins"], manifest, expert)
-        self.inputs = {"model": expert_digest(manifest, expert), "trajectories": self.trajectories.digest()}
+    def __init__(
+        self, stage: Stage, manifest: dict[str, Any], expert: str, trajectories: dict[str, str], ranges: list[range],
+        executor: Executor, progress: Meter,
+    ):
+        self.stage, self.manifest, self.expert = stage, manifest, expert
+        self.ranges, self.executor, self.progress = ranges, executor, progress
+        self.bins = expert_bins(stage["bins"], manifest, expert)
+        self.inputs = {"model": expert_digest(manifest, expert), "trajectories": trajectories, "bins": self.bins.edges}
 
-    def statistics(self, index: int) -> Unit:
+    def statistics(self, index: int, last: bool) -> Unit:
         """The finished unit of one block's statistics; the block before it is run only if it has to be."""
-        key = self.stage.key(("compute", "capture"), block=index, bins=self.bins.edges, **self.inputs)
-        unit = self.stage.units.make(key, lambda folder: self._run(index, folder))
-        last = index == self.manifest["experts"][self.expert]["blocks"] - 1
+        key = self.stage.key(("compute", "capture"), block=index, **self.inputs)
+        unit = self.stage.units.find(key)
+        if unit is None:
+            shares = self._shares(index)
+            unit = self.stage.units.make(key, lambda folder: add_up(shares, folder))
+        else:
+            self.progress.skip(len(self.ranges))
         for done in (index - 1, index) if last else (index - 1,):
-            self.stage.units.drop(self._output_key(done))
+            for calls in self.ranges:
+                self.stage.units.drop(self._share_key(done, calls))
         return unit
 
-    def _run(self, index: int, folder: Path) -> None:
-        """Run one block over all calls; the outputs become a unit of their own before the statistics do."""
+    def _shares(self, index: int) -> list[Unit]:
+        """The finished shares of one block, in the order of their calls."""
+        previous = self._outputs(index - 1)
+        common = (self.expert, self.manifest, self.stage["compute"], self.stage["capture"], self.bins, index)
+        work = [Share(*common, calls, outputs) for calls, outputs in zip(self.ranges, previous)]
+        tasks = [Task(self._share_key(index, share.calls), share) for share in work]
+        return self.executor.map_units(self.stage.units, tasks, self.progress)
+
+    def _outputs(self, index: int) -> list[Path | None]:
+        """Where each share's outputs of a block are, None before the first; the block is run again if they have been lost."""
+        if index < 0:
+            return [None] * len(self.ranges)
+        found = [self.stage.units.find(self._share_key(index, calls)) for calls in self.ranges]
+        if None in found:
+            self.progress.extend(len(self.ranges))
+            found = self._shares(index)
+        return [unit.folder for unit in found]
+
+    def _share_key(self, index: int, calls: range) -> str:
+        return self.stage.key(("compute", "capture"), share_of=index, calls=[calls.start, calls.stop], **self.inputs)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The work of one share: some of an expert's calls through one block. previous: the same calls' share of the block before."""
+
+    expert: str
+    manifest: dict[str, Any]
+    compute: Compute
+    capture: Capture
+    bins: Bins
+    block: int
+    calls: range
+    previous: Path | None
+
+    def __call__(self, folder: Path) -> None:
+        trajectories = Trajectories(artifacts.TRAJECTORIES)
+        calls = trajectories.calls(self.expert)
+        model = open_expert(self.manifest, self.expert, self.compute)
         statistics: dict[str, SiteStatistics] = {}
 
         def see(site: str, x: torch.Tensor, positions: range) -> None:
             if site not in statistics:
-                where = f"{self.expert} block {index} {site}"
-                statistics[site] = SiteStatistics(x.shape[-1], self._plan(site, x.shape[1]), x.device.type, where)
-            statistics[site].add(x, [self.calls[i] for i in positions], positions)
+                where = f"{self.expert} block {self.block} {site}"
+                statistics[site] = SiteStatistics(x.shape[-1], self._plan(site, calls, x.shape[1]), x.device.type, where)
+            statistics[site].add(x, [calls[i] for i in positions], positions)
 
-        self.stage.units.drop(self._output_key(index))
-        self._output(index, see)
-        for name, site in statistics.items():
-            site.write(folder / name)
+        batches = self._batches(trajectories, calls, load_prologue(model.weights.folder.absolute(), model.device, model.dtype))
+        for positions, output in replay_block(model.block(self.block), WAN_SITES, batches, see):
+            save_file({"hidden_states": output.cpu()}, folder / hidden_states(positions))
+        for site, found in statistics.items():
+            save_file(found.tensors(), folder / f"{site}.safetensors")
 
-    def _output(self, index: int, see: Any = lambda *_: None) -> Unit:
-        """The unit of a block's outputs [B, T, D], one file per batch of calls."""
-        previous = None if index == 0 else self.stage.units.find(self._output_key(index - 1)) or self._output(index - 1)
-
-        def work(folder: Path) -> None:
-            batches = self._batches(previous)
-            for positions, output in replay_block(self.model.block(index), WAN_SITES, batches, see):
-                save_file({"hidden_states": output.cpu()}, folder / f"{positions.start:06d}.safetensors")
-
-        return self.stage.units.make(self._output_key(index), work)
-
-    def _output_key(self, index: int) -> str:
-        return self.stage.key(("compute",), output_of=index, calls_per_chunk=self.stage["capture"].calls_per_chunk, **self.inputs)
-
-    def _batches(self, previous: Unit | None) -> Iterator[tuple[range, BlockInputs]]:
-        """Inputs of the next block: what stands before the blocks is cheap and run again, hidden states come from disk."""
-        size = self.stage["capture"].calls_per_chunk
-        for start in range(0, len(self.calls), size):
-            positions = range(start, min(start + size, len(self.calls)))
-            inputs = block_inputs(self.prologue, *self.trajectories.inputs([self.calls[i] for i in positions]))
-            if previous is not None:
-                stored = load_file(previous.folder / f"{start:06d}.safetensors")["hidden_states"]
+    def _batches(self, trajectories: Trajectories, calls: list[Call], prologue: torch.nn.Module) -> Iterator[tuple[range, BlockInputs]]:
+        """Inputs of the block: what stands before the blocks is cheap and run again, hidden states come from disk."""
+        for chunk in share_ranges(len(self.calls), self.capture.calls_per_chunk):
+            positions = self.calls[chunk.start : chunk.stop]
+            inputs = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
+            if self.previous is not None:
+                stored = load_file(self.previous / hidden_states(positions))["hidden_states"]
                 inputs = inputs.with_hidden_states(stored.to(inputs.hidden_states.device))
             yield positions, inputs
 
-    def _plan(self, name: str, tokens: int) -> SitePlan:
-        site: Site = next(s for s in WAN_SITES if s.name == name)
-        settings = self.stage["capture"]
-        samples = {"calibration": settings.search_tokens, "heldout": settings.heldout_tokens}
-        return plan_site(self.calls, self.bins if site.depends_on_timestep else None, tokens, samples, settings.seed)
+    def _plan(self, name: str, calls: list[Call], tokens: int) -> SitePlan:
+        site = next(s for s in WAN_SITES if s.name == name)
+        samples = {"calibration": self.capture.search_tokens, "heldout": self.capture.heldout_tokens}
+        return plan_site(calls, self.bins if site.depends_on_timestep else None, tokens, samples, self.capture.seed)
 
-    @cached_property
-    def model(self) -> Denoiser:
-        return open_expert(self.manifest, self.expert, self.stage["compute"])
 
-    @cached_property
-    def prologue(self) -> torch.nn.Module:
-        return self.model.prologue()
+@lru_cache(maxsize=1)
+def load_prologue(folder: Path, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """An expert's prologue, kept for the next share: at the real size, loading it takes as long as several calls."""
+    return Denoiser(folder, device, dtype).prologue()
+
+
+def hidden_states(positions: range) -> str:
+    """The file of a chunk's outputs in its share."""
+    return f"hidden_states.{positions.start:06d}.safetensors"
+
+
+def add_up(shares: list[Unit], folder: Path) -> None:
+    """A block's statistics, one Zarr group per site, from its shares; one share's sums of one site in memory at a time."""
+    for site in WAN_SITES:
+        write_statistics(folder / site.name, (load_file(share.folder / f"{site.name}.safetensors") for share in shares))
 
 
 def expert_bins(bins: Any, manifest: dict[str, Any], expert: str) -> Bins:

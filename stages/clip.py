@@ -1,5 +1,6 @@
 """clip@E: search the clip of the dynamic activation scale, per site and timestep bin, on the final weights."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert)}
         edges = read_json(sources["activations"] / "manifest.json")["bin_edges"]
-        run_blocks(stage, expert, sources, artifacts.clip(expert), lambda block, site: clip_site(stage, block, site), bin_edges=edges)
+        run_blocks(stage, expert, sources, artifacts.clip(expert), partial(clip_site, stage), bin_edges=edges)
 
 
 def clip_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:

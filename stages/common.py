@@ -14,12 +14,15 @@ import typer
 
 from stepquant import params as knobs
 from stepquant.compute.code import code_digest, source_files
+from stepquant.compute.device import prepare_torch
+from stepquant.compute.executor import Executor
 from stepquant.compute.process import die_with_parent, exclusive
 from stepquant.compute.units import UnitStore, content_key
 from stepquant.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = Path(".units")
+CODE = {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"}
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The params file to read.")]
 Expert = Annotated[str, typer.Option(help="Which denoiser: high_noise, low_noise, or denoiser for a dense model.")]
@@ -28,7 +31,7 @@ Variant = Annotated[str, typer.Option(help="Which recipe: bf16, w4a16, rtn, svdq
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a stage: its validated params sections, and the store of its finished units."""
+    """One run of a stage: its validated params sections, and the store of its finished units. It can be pickled."""
 
     name: str
     sections: dict[str, Any]
@@ -43,8 +46,12 @@ class Stage:
         """The key of one unit: code, arithmetic, the params sections it uses (None: all of the stage's), and its inputs."""
         import torch
 
-        params = {name: self.sections[name].model_dump() for name in (self.sections if reads is None else reads)}
+        params = {name: self.sections[name].decisive() for name in (self.sections if reads is None else reads)}
         return content_key(stage=self.name, code=self.code, torch=torch.__version__, params=params, inputs=inputs)
+
+    def executor(self) -> Executor:
+        """Makes this stage's units where the params say; a context, whose end is that of its workers."""
+        return Executor(self["compute"], list(CODE.values()))
 
 
 @contextmanager
@@ -59,23 +66,11 @@ def open_stage(file: str, reads: tuple[str, ...], params: Path, *, expert: str |
     if "compute" in sections:
         prepare_torch(sections["compute"])
     label = "@".join(filter(None, (name, expert or variant)))
-    code = code_digest(source_files(Path(file), {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"}))
+    code = code_digest(source_files(Path(file), CODE))
     with exclusive(UNITS / f"{label}.lock"):
         units = UnitStore(UNITS / label)
         units.sweep()
         yield Stage(name, sections, units, code)
-
-
-def prepare_torch(compute: knobs.Compute) -> None:
-    """Check the device, and fix the thread count: decompositions give other bytes with other threads."""
-    import torch
-
-    try:
-        torch.empty(0, device=compute.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"compute.device: {compute.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    torch.set_num_threads(compute.threads)
-    torch.set_grad_enabled(False)
 
 
 def quiet_libraries() -> None:

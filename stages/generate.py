@@ -36,7 +36,7 @@ def generate(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None
         for prompt in track(prompts, f"generate@{variant}"):
             key = stage.key(("compute", "sampling"), weights=sampler.weights, prompt=prompt.digest(), fps=stage["generate"].fps)
             units[prompt.id] = stage.units.make(key, lambda folder: sampler.write(prompt, folder))
-        gather(units, artifacts.videos(variant), {"manifest.json": to_json({"videos": {name: f"{name}/video.mp4" for name in units}})})
+        gather(units, artifacts.videos(variant), {"manifest.json": to_json({"videos": {name: unit.digest for name, unit in units.items()}})})
 
 
 class Sampler:

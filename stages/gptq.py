@@ -33,7 +33,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
         for site in WAN_SITES:
             warn_of_few_tokens(expert, site)
-        run_blocks(stage, expert, sources, artifacts.residual(expert), lambda block, site: round_site(stage, expert, block, site))
+        run_blocks(stage, expert, sources, artifacts.residual(expert), partial(round_site, stage, expert))
 
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:

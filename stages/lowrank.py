@@ -1,5 +1,6 @@
 """lowrank@E: what is done to each site's input (mean, smoothing, rotation), and the low-rank branch (q/k/v jointly)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from stages.common import Expert, ParamsFile, Stage, open_stage, read_json
 from stages.expert import check_expert
 from stepquant.commands import command, main
 from stepquant.models.sites import Site
+from stepquant.quantize.learn import learn_transform
 from stepquant.quantize.smooth import search_transform
 
 READS = ("compute", "format", "smooth", "centre", "rotate", "lowrank")
@@ -28,7 +30,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         check_shapes(manifest, expert, stage["format"], stage["lowrank"].rank, stage["rotate"].blocks)
         sources = {"activations": artifacts.activations(expert)}
         centred = stage["centre"].means
-        run_blocks(stage, expert, sources, artifacts.lowrank(expert), lambda block, site: factor_site(stage, block, site), centred=centred)
+        run_blocks(stage, expert, sources, artifacts.lowrank(expert), partial(factor_site, stage), centred=centred)
 
 
 def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:
@@ -39,16 +41,17 @@ def factor_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record
     mean = mean.to(torch.bfloat16)
     span = activations.absmax.amax(0)
     if settings.span == "rms":
-        span = activations.second_moment_about(mean).diagonal().clamp(min=0).sqrt()  # float32 may end just below zero
+        span = activations.variance_about(mean).clamp(min=0).sqrt()
     alphas = settings.candidates if settings.alpha == "search" else [settings.alpha]
     exponents = [(alpha, 1 - alpha if settings.beta is None else settings.beta) for alpha in alphas]
     rotations = stage["rotate"].blocks
-    search = search_transform(
-        W, torch.cat(activations.search), span, mean, exponents, rotations,
-        rank=branch.rank, seed=branch.seed, precision=precision_of(stage["format"]),
-    )
+    samples, layer = activations.search, {"rank": branch.rank, "seed": branch.seed, "precision": precision_of(stage["format"])}
+    search = search_transform(W, torch.cat(samples), span, mean, exponents, rotations, **layer)
+    # A sample is in the order of the prompts: one half of them to learn from, the other to judge by.
+    learn, judge = (torch.cat(halves) for halves in zip(*(x.tensor_split(2) for x in samples)))
+    search = learn_transform(W, learn, judge, search, steps=settings.gradient_steps, **layer)
     transform = search.transform
-    record = {"alpha": search.alpha, "beta": search.beta, "candidates": exponents, "search_errors": search.errors}
+    record = {"alpha": search.alpha, "beta": search.beta, "candidates": exponents, "search_errors": search.errors, "learned": search.learned}
     record |= {"rotation": transform.rotation, "rotations": rotations, "rotation_errors": search.rotation_errors}
     factors = {"mean": transform.mean, "smooth": transform.smooth, "rotation": torch.tensor(transform.rotation)}
     return factors | {"proj_down": search.proj_down, "proj_up": search.proj_up}, record

@@ -1,11 +1,19 @@
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.once import once
-from tests.workspace import Workspace, make_workspace
+from tests.workspace import Workspace, make_workspace, ray_folder
 
+# Ray is an extra, and `make test` puts it into a folder of its own.
+sys.path.append(str(Path(sys.prefix) / "ray"))
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
@@ -29,3 +37,27 @@ def workspace_copy(workspace, tmp_path) -> Workspace:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the whole pipeline come first: while one process makes their workspace, another does the rest."""
     items.sort(key=lambda item: "workspace" not in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory) -> Iterator[str]:
+    """The address of a local Ray cluster of two workers, which this process and its children may join; one per test run."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "token").write_text(secrets.token_hex(32))
+        run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        command = [sys.executable, Path(__file__).parent / "compute" / "cluster.py", str(run), folder / "address"]
+        subprocess.Popen(command, env=os.environ | environment(folder), start_new_session=True)
+        while not (folder / "address").exists():
+            time.sleep(0.05)
+
+    def environment(folder: Path) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *ray_folder()]))
+        return {"PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": (folder / "token").read_text()}
+
+    folder = once(tmp_path_factory, "ray", make)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(folder).items():
+            patch.setenv(name, value)
+        yield (folder / "address").read_text()

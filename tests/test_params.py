@@ -60,6 +60,11 @@ REFUSALS = [
     ("compute.threads", 0, "greater than 0"),
     ("compute.threads", "2", "integer"),
     ("compute.threads", True, "integer"),
+    ("compute.executor", "dask", "'local' or 'ray'"),
+    ("compute.workers", 0, "greater than 0"),
+    ("compute.address", "ray://head", "match pattern"),
+    ("compute.gpus_per_unit", -0.5, "greater than or equal to 0"),
+    ("compute.gpus_per_unit", 1.5, "fractions of one GPU, and whole numbers"),
     ("model.source", None, "string"),
     ("model.revision", 1, "string"),
     ("sampling.height", -64, "greater than 0"),
@@ -109,6 +114,12 @@ def test_a_bad_value_is_named_with_what_is_allowed(tmp_path, key, value, allowed
 
 def test_a_float_may_be_written_as_a_whole_number(tmp_path):
     assert params.section(write(tmp_path, [("sampling.flow_shift", 5)]), "sampling").flow_shift == 5.0
+
+
+def test_plumbing_is_all_that_a_result_cannot_depend_on(tmp_path):
+    path = write(tmp_path, [("compute.workers", 7), ("compute.executor", "ray"), ("compute.gpus_per_unit", 0.5), ("compute.address", "head:6379")])
+    assert params.section(path, "compute").decisive() == {"device": "cpu", "dtype": "float32", "threads": 1}
+    assert params.section(path, "capture").decisive() == params.section(path, "capture").model_dump()
 
 
 def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):

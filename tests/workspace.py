@@ -1,6 +1,8 @@
 """A small copy of the repository in which the whole pipeline runs in a minute or two: two blocks per expert, 32 x 32 pixels."""
 
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ TINY = {
     "sampling": {"height": 32, "width": 32, "num_frames": 5, "steps": 4, "flow_shift": 5.0, "max_sequence_length": 16},
     "trajectories": {"calibration_prompts": 2, "heldout_prompts": 1},
     "bins": {"high_noise": [1000, 950, 900], "low_noise": [900, 700, 0]},
-    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4},
+    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4, "calls_per_share": 8},
     "format": {"weight": "nvfp4", "activation": "int4"},  # int4 activations like to be clipped: every variant differs
     "smooth": {"candidates": [0.4, 0.6]},
     "lowrank": {"rank": 16},
@@ -45,7 +47,7 @@ class Workspace:
     def environment(self) -> dict[str, str]:
         # /bin/sh is what DVC takes where SHELL is not set, as in most CI, and often the shell that keeps to POSIX most strictly.
         own = {"SHELL": "/bin/sh", "DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
-        return pipeline_environment(self.root) | own
+        return pipeline_environment(self.root) | own | {"PYTHONPATH": os.pathsep.join([str(self.root / "lib"), *ray_folder()])}
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start `python -m COMMAND...` here; both output streams come as one text."""
@@ -80,6 +82,12 @@ class Workspace:
         """A copy with everything in it. `cp -a` keeps the hardlinks between outs, units and cache as they are."""
         subprocess.run(["cp", "-a", self.root, root], check=True)
         return Workspace(root)
+
+
+def ray_folder() -> list[str]:
+    """Where Ray is installed, if it is: apart from what the pipeline has (tests/conftest.py)."""
+    spec = importlib.util.find_spec("ray")
+    return [str(Path(spec.origin).parent.parent)] if spec else []
 
 
 def make_workspace(root: Path) -> Workspace:

@@ -93,6 +93,21 @@ def doctor(params: Annotated[Path, typer.Option(help="The params file, if there 
     raise typer.Exit(0 if healthy else 1)
 
 
+@app.command()
+@command
+def gc(
+    keep_days: Annotated[float, typer.Option(min=0, help="Units younger than this stay: an interrupted run goes on from them.")] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    artifacts: Annotated[Path, typer.Option(help="Where the stages write.")] = Path("artifacts"),
+    units: Annotated[Path, typer.Option(help="Where finished units of work are.")] = Path(".units"),
+) -> None:
+    """Remove units of work that no artifact holds. DVC still brings back earlier results from its cache (`dvc gc` empties that)."""
+    from stepquant.compute.garbage import collect
+
+    found = collect(units, artifacts, keep_days, dry_run)
+    print(f"{'would remove' if dry_run else 'removed'} {found.units} units, {found.bytes / 1e6:,.1f} MB")
+
+
 def _add_stages() -> None:
     """Offer the stages if this is a checkout of the repository: they belong to it, not to the wheel.
 

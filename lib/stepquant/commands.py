@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -26,21 +27,36 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except UserError as error:
-            _fail(str(error))
-        except (OSError, SafetensorError) as error:
-            number = _error_number(error)
-            if number not in _MENDABLE:
+        except (UserError, OSError, SafetensorError) as error:
+            message = remedy(error)
+            if message is None:
                 raise
-            where = getattr(error, "filename", None) or f"a file below {Path.cwd()}"
-            _fail(f"{where}: {os.strerror(number)}; free space or make the folder writable, then run the same command again")
+            print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(2) from None
 
     run.__signature__ = inspect.signature(function)
     return run
 
 
+def remedy(error: Exception) -> str | None:
+    """What to tell the user about an error that the user can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    number = _error_number(error)
+    if number not in _MENDABLE:
+        return None
+    where = getattr(error, "filename", None) or f"a file below {Path.cwd()}"
+    return f"{where}: {os.strerror(number)}; free space or make the folder writable, then run the same command again"
+
+
 def main(function: Callable[..., None]) -> None:
-    """Run one command as a program, as `python -m stages.NAME` does."""
+    """Run one command as a program, as `python -m stages.NAME` does.
+
+    The command is taken from the module by its name: what it sends to other processes could not be found in __main__ there.
+    """
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and function.__module__ == "__main__":
+        function = getattr(importlib.import_module(spec.name), function.__name__)
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(function)
     app()
@@ -52,8 +68,3 @@ def _error_number(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"(?:Errno|os error) (\d+)", str(error))
     return int(found[1]) if found else None
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -5,7 +5,7 @@ A stage names the sections it reads and gets nothing else; `experts.<expert>.<se
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,15 +19,39 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
+    """plumbing: the keys that say only where work runs. They enter no unit's key, and no stage but report depends on them."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    plumbing: ClassVar[tuple[str, ...]] = ()
+
+    def decisive(self) -> dict[str, Any]:
+        """The values that can change a result: all but the plumbing."""
+        return self.model_dump(exclude=set(self.plumbing))
 
 
 class Compute(Section):
-    """Where and how arithmetic runs; part of the key of every cached unit."""
+    """How arithmetic runs (device, dtype, threads), and where: by which executor, in how many processes, on which cluster.
+
+    address: host:port of a running Ray cluster; null starts one on this machine. gpus_per_unit: what Ray gives to one unit of work,
+    a fraction of one GPU or a whole number.
+    """
+
+    plumbing = ("executor", "workers", "address", "gpus_per_unit")
 
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: Positive
+    executor: Literal["local", "ray"]
+    workers: Positive
+    address: Annotated[str, Field(pattern=r"^[^:/]+:\d+$")] | None
+    gpus_per_unit: Annotated[float, Field(ge=0)]
+
+    @field_validator("gpus_per_unit")
+    @classmethod
+    def _fraction_or_whole(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError(f"{value}: allowed are fractions of one GPU, and whole numbers")
+        return value
 
 
 class Model(Section):
@@ -59,11 +83,13 @@ class Trajectories(Section):
 
 
 class Capture(Section):
-    """Tokens kept per site and bin, for searches and for held-out errors; calls that run through a block at once."""
+    """Tokens kept per site and bin, for searches and for held-out errors; calls that run through a block at once, and calls
+    whose statistics are one unit of work."""
 
     search_tokens: Positive
     heldout_tokens: Positive
     calls_per_chunk: Positive
+    calls_per_share: Positive
     seed: Seed
 
 
@@ -78,12 +104,13 @@ class Format(Section):
 
 class Smooth(Section):
     """s = span(X)^alpha / absmax(W)^beta. span: of each input channel over all tokens. alpha: one value, or `search` over the
-    candidates; beta null means 1 - alpha."""
+    candidates; beta null means 1 - alpha. gradient_steps: by which s is moved afterwards."""
 
     span: Literal["rms", "absmax"]
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
     beta: Annotated[float, Field(ge=0, le=1)] | None
     candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    gradient_steps: Annotated[int, Field(ge=0)]
 
 
 class Centre(Section):

@@ -7,7 +7,7 @@ import torch
 from stepquant.calibration import statistics
 from stepquant.calibration.activations import read_activations, site_folder
 from stepquant.calibration.arrays import open_group
-from stepquant.calibration.statistics import SiteStatistics, plan_site
+from stepquant.calibration.statistics import SiteStatistics, plan_site, write_statistics
 from stepquant.calibration.trajectories import Call
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
@@ -35,14 +35,18 @@ def text():
     return torch.stack([by_prompt[call.prompt, call.branch] for call in CALLS])
 
 
-def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES):
-    """Run the calls through SiteStatistics in chunks, write, and read back."""
+def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES, share=len(CALLS)):
+    """Run the calls through SiteStatistics in shares of chunks, add up, write, and read back."""
     plan = plan_site(CALLS, bins, TOKENS, samples, seed)
-    site = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
-    for start in range(0, len(CALLS), chunk):
-        positions = range(start, min(start + chunk, len(CALLS)))
-        site.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
-    site.write(folder)
+    shares = []
+    for first in range(0, len(CALLS), share):
+        site = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
+        calls = range(len(CALLS))[first : first + share]
+        for start in range(calls.start, calls.stop, chunk):
+            positions = range(start, min(start + chunk, calls.stop))
+            site.add(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
+        shares.append(site.tensors())
+    write_statistics(folder, shares)
     return read_activations(folder, "cpu")
 
 
@@ -144,6 +148,31 @@ def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
             assert torch.equal(getattr(other, name), getattr(results[0], name))
         for name in ("search", "heldout"):
             assert all(torch.equal(a, b) for a, b in zip(getattr(other, name), getattr(results[0], name), strict=True))
+
+
+@pytest.mark.parametrize("share", [1, 5, 12, 30])
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_shares_add_up_to_the_whole(tmp_path, x, share, offset):
+    """Whatever is not a sum is equal, and sums agree to rounding, also where the mean is 10,000 times the spread.
+
+    The last 12 calls are held out: among the shares of 1, 5 and 12 are some without a calibration token.
+    """
+    x = x + offset
+    whole, found = collect(tmp_path / "whole", x, BINS, chunk=5), collect(tmp_path / "shares", x, BINS, chunk=5, share=share)
+    for name in ("search", "heldout"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(whole, name), strict=True))
+    for name in ("shift", "absmax"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert open_group(tmp_path / "shares").attrs["tokens"] == [40, 160, 40]
+    assert torch.allclose(found.mean, whole.mean, rtol=2e-7, atol=1e-6)
+    assert torch.allclose(found.second_moment, whole.second_moment, rtol=0, atol=2e-6 if offset == 0 else 4e-3)
+
+
+def test_shares_of_a_site_without_t(tmp_path, text):
+    """Only the first of its shares holds anything new."""
+    whole, found = collect(tmp_path / "whole", text, None, chunk=4), collect(tmp_path / "shares", text, None, chunk=4, share=4)
+    assert torch.allclose(found.second_moment, whole.second_moment, rtol=0, atol=1e-6)
+    assert torch.equal(found.search[0], whole.search[0]) and torch.equal(found.heldout[0], whole.heldout[0])
 
 
 def test_the_choice_follows_the_seed():

@@ -16,6 +16,7 @@ FILES = {
     "lib/stepquant/compute/units.py": "import fake.unused\n",
     "lib/stepquant/params.py": "import fake.unused\n",
     "lib/stepquant/paramsets.py": "",
+    "stages/__init__.py": "import fake.unused\n",
     "stages/common.py": "import fake.unused\n",
     "stages/run.py": "from fake.numbers import pi\nimport stepquant.paramsets\nfrom stepquant import params\n"
     "from stepquant.errors import UserError\nimport stepquant.compute.units\nfrom stages import common\nfrom stages.common import x\n",

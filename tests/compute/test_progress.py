@@ -2,7 +2,7 @@ import io
 import re
 import sys
 
-from stepquant.compute.progress import track
+from stepquant.compute.progress import meter, track
 
 
 def test_a_log_gets_one_line_per_item(capsys):
@@ -40,3 +40,29 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_no_items_no_lines(capsys):
     assert list(track([], "x")) == []
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_finished_earlier_counts_but_takes_no_time(monkeypatch, capsys):
+    now = iter([0.0, 8.0, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with meter("clip", 5) as progress:
+        progress.skip(2)
+        progress.step()
+        progress.extend(1)
+        progress.step()
+    assert capsys.readouterr().err.splitlines() == [
+        "clip: 2/5, finished earlier",
+        "clip: 3/5, 8.00 s each, 16 s left",
+        "clip: 4/6, 6.00 s each, 12 s left",
+    ]
+
+
+def test_a_bar_leaves_out_what_was_finished_earlier(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with meter("clip", 5) as progress:
+        progress.skip(3)
+        for _ in range(2):
+            progress.step()
+    assert "2/2" in terminal.getvalue()

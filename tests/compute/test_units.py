@@ -37,9 +37,9 @@ def test_content_key_is_the_sha256_of_canonical_json():
 def test_make_works_once_per_key(store):
     unit = store.make("k", writing(a="one", b="two"))
     assert {path.name for path in unit.folder.iterdir()} == {"a", "b", MARKER}
-    assert json.loads((unit.folder / MARKER).read_text())["files"] == {
-        "a": hashlib.sha256(b"one").hexdigest(),
-        "b": hashlib.sha256(b"two").hexdigest(),
+    assert json.loads((unit.folder / MARKER).read_text()) == {
+        "files": {"a": hashlib.sha256(b"one").hexdigest(), "b": hashlib.sha256(b"two").hexdigest()},
+        "sizes": {"a": 3, "b": 3},
     }
     assert store.make("k", forbidden) == store.find("k") == unit
     assert store.find("other") is None
@@ -69,6 +69,24 @@ def test_a_unit_that_lost_a_file_is_absent_and_made_again(store, lost):
     assert store.find("k") is None
     assert not folder.exists()
     assert (store.make("k", writing(a="new")).folder / "a").read_text() == "new"
+
+
+def test_a_truncated_unit_is_absent_and_made_again(store):
+    folder = store.make("k", writing(a="one", b="two")).folder
+    (folder / "b").write_text("tw")
+    assert store.find("k") is None
+    assert (store.make("k", writing(a="one", b="two")).folder / "b").read_text() == "two"
+
+
+def test_a_unit_that_another_process_finished_meanwhile_is_that_one(store):
+    def work(folder):
+        other = UnitStore(store.root).make("k", writing(a="one"))
+        made.append(other)
+        (folder / "a").write_text("one")
+
+    made = []
+    assert store.make("k", work) == made[0]
+    assert list(store.root.iterdir()) == [made[0].folder]
 
 
 def test_drop_removes_one_unit(store):

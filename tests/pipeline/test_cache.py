@@ -35,10 +35,15 @@ PARAMS = {
     "model.revision": ("main", ALL),
     "compute.threads": (2, ALL - {"model"}),
     "compute.dtype": ("bfloat16", ALL - {"model"}),
+    "compute.executor": ("ray", {"report"}),
+    "compute.workers": (2, {"report"}),
+    "compute.address": ("head:6379", {"report"}),
+    "compute.gpus_per_unit": (0.5, {"report"}),
     "sampling.steps": (5, ALL - {"model", "pack@rtn"}),
     "trajectories.heldout_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
     "bins.low_noise": ([900, 800, 700, 0], each("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
+    "capture.calls_per_share": (4, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "capture.search_tokens": (64, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "format.weight": ("int4", each("lowrank gptq clip", EXPERTS) | below(PACKED)),
     "format.activation": ("mxfp4", each("lowrank gptq clip", EXPERTS) | below(PACKED)),
@@ -69,7 +74,7 @@ FILES = {
     "stages/clip.py": each("clip", EXPERTS) | below(CLIPPED),
     "lib/stepquant/evaluate/fidelity.py": each("evaluate", SAMPLED) | {"report"},
     "lib/stepquant/report/page.html.j2": {"report"},
-    "lib/stepquant/compute/progress.py": set(),
+    "lib/stepquant/compute/executor.py": set(),
 }
 
 

@@ -1,8 +1,13 @@
 """Accumulates the statistics of a site's input, per timestep bin; calibration/activations.py says what is kept.
+
+The calls of an expert are cut into shares, and each share's statistics are accumulated on their own, by whichever process,
+and added up in the order of the shares. Floating-point sums depend on their order, and this order depends on the size of a
+share alone: one worker and many give the same bytes. Samples are chosen before any block runs, so that they do not
+even depend on the shares.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,20 +84,22 @@ def _empty_bin(bins: Bins | None, b: int, split: str) -> str:
 
 
 class SiteStatistics:
-    """Accumulates one site's statistics, call by call; float32 sums in a fixed order.
+    """Accumulates one site's statistics over a share of the calls, call by call; float32 sums in a fixed order.
 
-    Of the second moments only the panels on and right of the diagonal are summed, which halves the work; `write` fills in
-    the rest. A call is taken in slabs of rows, so that what is needed besides the sums does not grow with its tokens.
+    Of the second moments only the panels on and right of the diagonal are summed, which halves the work; `write_statistics`
+    fills in the rest. A call is taken in slabs of rows, so that what is needed besides the sums does not grow with its tokens.
     """
 
     def __init__(self, channels: int, plan: SitePlan, device: str, where: str):
         self.plan, self.where = plan, where
         self.shift: torch.Tensor | None = None
+        self.weight = 0.0
         self.second_moment = torch.zeros(channels, channels, device=device)
+        self.first_moment = torch.zeros(channels, device=device)
         self.absmax = torch.zeros(plan.bins, channels, device=device)
         self.total = torch.zeros(plan.bins, channels, device=device)
         self.tokens = [0] * plan.bins
-        self.samples: dict[str, list[torch.Tensor]] = {f"{kind}.{b}": [] for kind in SAMPLES for b in range(plan.bins)}
+        self.samples: dict[str, list[torch.Tensor]] = {}
 
     def add(self, x: torch.Tensor, calls: list[Call], positions: range) -> None:
         """x [B, T, K]: the site's input for the calls at `positions` of the plan. Raises UserError for NaN or Inf."""
@@ -101,7 +108,7 @@ class SiteStatistics:
                 continue
             b = self.plan.bin[i]
             rows = torch.from_numpy(self.plan.rows[i]).to(x.device)
-            self.samples[f"{SPLITS[call.split]}.{b}"].append(tokens[rows].cpu())
+            self.samples.setdefault(f"{SPLITS[call.split]}.{b}", []).append(tokens[rows].cpu())
             calibration = call.split == "calibration"
             if calibration and self.shift is None:
                 self.shift = tokens.mean(0, dtype=torch.float32)
@@ -119,20 +126,62 @@ class SiteStatistics:
         self.total[b] += slab.sum(0)
         self.tokens[b] += len(slab)
         centred = slab - self.shift
+        self.first_moment.add_(centred.sum(0), alpha=weight)
+        self.weight += weight * len(slab)
         with _products_for(dtype):
             for start, end in _panels(len(self.second_moment)):
                 self.second_moment[start:end, start:].addmm_(centred[:, start:end].T, centred[:, start:], alpha=weight)
 
-    def write(self, folder: Path) -> None:
-        """Write the group of `write_activations`."""
-        self._fill_below_panels()
-        counts = torch.tensor(self.tokens, device=self.total.device).unsqueeze(1)
-        tensors = {"shift": self.shift, "second_moment": self.second_moment, "absmax": self.absmax, "mean": self.total / counts}
-        write_activations(folder, tensors | {name: torch.cat(parts) for name, parts in self.samples.items()}, self.tokens)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `write_statistics` needs of this share. Without a calibration token there is no second moment.
 
-    def _fill_below_panels(self) -> None:
-        for start, end in _panels(len(self.second_moment)):
-            self.second_moment[end:, start:end] = self.second_moment[start:end, end:].T
+        absmax, total [B, K]; tokens [B]; and, about the share's own shift [K], sums over its tokens x of weight times
+        (x - shift)(x - shift)ᵀ [K, K], of weight times (x - shift) [K], and of the weights [].
+        """
+        tensors = {"absmax": self.absmax, "total": self.total, "tokens": torch.tensor(self.tokens)}
+        tensors |= {name: torch.cat(parts) for name, parts in self.samples.items()}
+        if self.shift is not None:
+            tensors |= {"shift": self.shift, "second_moment": self.second_moment, "first_moment": self.first_moment}
+            tensors["weight"] = torch.tensor(self.weight, dtype=torch.float64)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def write_statistics(folder: Path, shares: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Add up what the shares of all calls hold, in their order, one at a time, and write the site's group."""
+    shift = second_moment = absmax = total = tokens = None
+    samples: dict[str, list[torch.Tensor]] = {}
+    for share in shares:
+        for name in share:
+            if name.startswith(SAMPLES):
+                samples.setdefault(name, []).append(share[name].clone())  # a share may be a mapped file: let go of it
+        if absmax is None:
+            absmax, total, tokens = (share[name].clone() for name in ("absmax", "total", "tokens"))
+        else:
+            absmax, total, tokens = torch.maximum(absmax, share["absmax"]), total + share["total"], tokens + share["tokens"]
+        if "shift" in share and second_moment is None:
+            shift, second_moment = share["shift"].clone(), share["second_moment"].clone()
+        elif "shift" in share:
+            second_moment += share["second_moment"]
+            _move(second_moment, share["shift"] - shift, share["first_moment"], share["weight"].item())
+    _fill_below_panels(second_moment)
+    tensors = {"shift": shift, "second_moment": second_moment, "absmax": absmax, "mean": total / tokens.unsqueeze(1)}
+    tensors |= {name: torch.cat(samples[name]) for kind in SAMPLES for name in (f"{kind}.{b}" for b in range(len(tokens)))}
+    write_activations(folder, tensors, tokens.tolist())
+
+
+def _move(second_moment: torch.Tensor, distance: torch.Tensor, first_moment: torch.Tensor, weight: float) -> None:
+    """Refer what was summed about a point to another: with d = point - other, add d mᵀ + m dᵀ + weight d dᵀ in place.
+
+    Exact but for rounding, and d is as small as the channel means differ between calls, so float32 loses nothing.
+    """
+    second_moment.addr_(distance, first_moment)
+    second_moment.addr_(first_moment, distance)
+    second_moment.addr_(distance, distance, alpha=weight)
+
+
+def _fill_below_panels(second_moment: torch.Tensor) -> None:
+    for start, end in _panels(len(second_moment)):
+        second_moment[end:, start:end] = second_moment[start:end, end:].T
 
 
 def _panels(channels: int) -> list[tuple[int, int]]:

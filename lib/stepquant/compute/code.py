@@ -9,7 +9,7 @@ from pathlib import Path
 # Plumbing: reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
 PLUMBING = (
     "stepquant.commands", "stepquant.compute", "stepquant.errors", "stepquant.files", "stepquant.params",
-    "stages.artifacts", "stages.common",
+    "stages.__init__", "stages.artifacts", "stages.common",
 )
 
 
@@ -48,17 +48,19 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _files(name: str, roots: dict[str, Path]) -> Iterator[Path]:
     """Files that importing `name` runs: the module and the __init__ of each package above it."""
-    if any(name == plumbing or name.startswith(plumbing + ".") for plumbing in PLUMBING):
-        return
     top, *rest = name.split(".")
-    if top not in roots:
+    if top not in roots or _is_plumbing(name):
         return
-    folder = roots[top]
-    for part in [None, *rest]:
-        folder = folder / part if part else folder
+    for depth in range(len(rest) + 1):
+        folder = roots[top].joinpath(*rest[:depth])
+        initializer = ".".join([top, *rest[:depth], "__init__"])
         for file in (folder.with_suffix(".py"), folder / "__init__.py"):
-            if file.is_file() and _has_code(file):
+            if file.is_file() and _has_code(file) and not (file.name == "__init__.py" and _is_plumbing(initializer)):
                 yield file
+
+
+def _is_plumbing(name: str) -> bool:
+    return any(name == plumbing or name.startswith(plumbing + ".") for plumbing in PLUMBING)
 
 
 def _has_code(file: Path) -> bool:

@@ -15,7 +15,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: DVC killed by SIGKILL leaves its stage running otherwise."""
+    """Ask Linux to kill this process when its parent dies: DVC killed by SIGKILL leaves its stage running otherwise.
+
+    A parent that died before goes unnoticed, so call it early.
+    """
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

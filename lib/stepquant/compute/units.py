@@ -5,10 +5,11 @@ is complete, so it is finished or absent; a killed stage goes on with what is mi
 inputs changed has another key, so a stale one is never found. Units live outside the DVC outs: DVC empties an out
 before its stage runs. A stage ends by gathering its units into the out by hardlink.
 
-    <root>/<key>/unit.json    {"files": {name: sha256}}, written last
+    <root>/<key>/unit.json    {"files": {name: sha256}, "sizes": {name: bytes}}, written last
     <root>/<key>/...          the unit's files
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -43,15 +44,16 @@ class UnitStore:
         root.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: str) -> Unit | None:
+        """The finished unit of this key, or None. What a broken one has left is removed."""
+        unit = self.peek(key)
+        if unit is None and (self.root / key).is_dir():
+            shutil.rmtree(self.root / key)
+        return unit
+
+    def peek(self, key: str) -> Unit | None:
         """The finished unit of this key, or None."""
-        folder = self.root / key
-        if not folder.is_dir():
-            return None
-        files = _finished_files(folder)
-        if files is None:
-            shutil.rmtree(folder)
-            return None
-        return Unit(folder, _digest(files))
+        files = _finished_files(self.root / key)
+        return None if files is None else Unit(self.root / key, _digest(files))
 
     def make(self, key: str, work: Callable[[Path], None]) -> Unit:
         """The unit of this key; work(folder) fills a new folder if it isn't there yet."""
@@ -63,12 +65,21 @@ class UnitStore:
         try:
             work(partial)
             files = file_digests(partial)
+            sizes = {name: (partial / name).stat().st_size for name in files}
             _sync(partial, files)
-            _write_synced(partial / MARKER, json.dumps({"files": files}, indent=1, sort_keys=True))
-            os.rename(partial, self.root / key)
+            _write_synced(partial / MARKER, json.dumps({"files": files, "sizes": sizes}, indent=1, sort_keys=True))
+            self._commit(partial, key)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Unit(self.root / key, _digest(files))
+
+    def _commit(self, partial: Path, key: str) -> None:
+        try:
+            os.rename(partial, self.root / key)
+        except OSError as error:
+            # Another process made the same unit meanwhile, as when a worker that was thought lost is not: its bytes are the same.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or self.find(key) is None:
+                raise
 
     def drop(self, key: str) -> None:
         """Remove a unit whose content nobody needs any more."""
@@ -107,12 +118,14 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def _finished_files(folder: Path) -> dict[str, str] | None:
-    """What the marker of a unit lists; None if the marker, or a file in its list, is gone."""
+    """What the marker of a unit lists; None if the marker, or a file in its list, is gone or has another size."""
     marker = folder / MARKER
     if not marker.is_file():
         return None
-    files = json.loads(marker.read_text())["files"]
-    return files if all((folder / name).is_file() for name in files) else None
+    listed = json.loads(marker.read_text())
+    sizes = listed.get("sizes")  # a marker of an older form has none
+    whole = sizes is not None and all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+    return listed["files"] if whole else None
 
 
 def _link(source: str, target: str) -> None:

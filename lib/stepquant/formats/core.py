@@ -46,6 +46,7 @@ class Format(ABC):
         exponent_offset: int | Tensor = 0,
         rounding: str = "ceil",
         tensor: Tensor | None = None,
+        amax: Tensor | None = None,
     ) -> Scales:
         """Scales of x [..., K] (any float dtype) from the largest magnitude of each group.
 
@@ -53,6 +54,7 @@ class Format(ABC):
         exponent_offset: added to the E8M0 exponent; int or integer tensor broadcastable to [..., K/g]; mxfp4 only.
         rounding: how mxfp4 turns the magnitude into a power of two, "floor" or "ceil"; the others have no choice.
         tensor: per-tensor scale, float32 []; nvfp4 only, where None means 1.
+        amax: the largest magnitudes, where they are known already; `amax` gives them.
         Raises UserError if the group does not divide K, or an argument is not one this format has. x must be finite
         (`check_finite`); that is not tested here because the runtime calls this for every activation.
         """
@@ -86,13 +88,14 @@ class Format(ABC):
         exponent_offset: int | Tensor = 0,
         rounding: str = "ceil",
         tensor: Tensor | None = None,
+        amax: Tensor | None = None,
     ) -> Tensor:
         """x [..., K] rounded to the format, in x's dtype: decode(encode(x)) without forming codes.
 
         Arguments and errors as in `scales`.
         """
         x32 = x.float()  # once, for the scales and the values
-        scales = self.scales(x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor)
+        scales = self.scales(x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor, amax=amax)
         rounded = self.round_units(self._divide(self._grouped(x32), scales))
         return rounded.mul_(self._step(scales)).flatten(-2).to(x.dtype)
 
@@ -109,7 +112,7 @@ class Format(ABC):
         check_groups(x.shape[-1], self, "tensor")
         return x.unflatten(-1, (-1, self.group))
 
-    def _amax(self, x: Tensor) -> Tensor:
+    def amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each group, float32 [..., K/g]."""
         magnitudes = self._grouped(x.float()).abs()
         if self.group < 32:  # torch's CPU reduction is slow over so few neighbours: halve them element by element first

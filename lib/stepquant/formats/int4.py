@@ -24,10 +24,10 @@ class Int4(Format):
     group = 64
     bits = 4 + 16 / 64
 
-    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_offset(self, exponent_offset)
         check_no_tensor_scale(self, tensor)
-        scale = (self._amax(x) * clip / 7).clamp(min=_SMALLEST_SCALE)
+        scale = ((self.amax(x) if amax is None else amax) * clip / 7).clamp(min=_SMALLEST_SCALE)
         return Scales(_to_bfloat16(scale), None)
 
     def tensor_scale(self, x: Tensor) -> None:

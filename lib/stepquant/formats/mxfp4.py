@@ -27,9 +27,9 @@ class Mxfp4(E2M1Format):
     group = 32
     bits = 4 + 8 / 32
 
-    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_tensor_scale(self, tensor)
-        amax = self._amax(x) * clip
+        amax = (self.amax(x) if amax is None else amax) * clip
         if rounding == "floor":
             exponent = _floor_log2(amax) - 2
         elif rounding == "ceil":

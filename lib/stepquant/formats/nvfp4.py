@@ -26,11 +26,11 @@ class Nvfp4(E2M1Format):
     group = 16
     bits = 4 + 8 / 16
 
-    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None) -> Scales:
+    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_offset(self, exponent_offset)
         if tensor is None:
             tensor = torch.ones((), dtype=torch.float32, device=x.device)
-        scale = self._amax(x) * clip / E2M1_MAX / tensor
+        scale = (self.amax(x) if amax is None else amax) * clip / E2M1_MAX / tensor
         return Scales(scale.clamp(_E4M3.tiny, _E4M3.max).to(torch.float8_e4m3fn), tensor)
 
     def tensor_scale(self, x: Tensor) -> Tensor:

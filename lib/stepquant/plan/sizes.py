@@ -5,7 +5,7 @@ Videos are left out: how well frames compress depends on what is on them. So are
 
 import json
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def activations(run: Run, expert: ExpertRun) -> Size:
 def hidden_states(run: Run, expert: ExpertRun) -> Size:
     """Scratch of capture: what a block's calls leave for the next one, of two blocks while one runs."""
     return Size(2 * expert.all_calls * run.tokens * expert.width * run.itemsize, 2 * chunks(run, expert))
+
+
+def share_sums(run: Run, expert: ExpertRun) -> Size:
+    """Scratch of capture: the sums of every share with calibration calls, of two blocks while one runs; these prompts come first."""
+    shares = ceil(expert.calls("calibration") / run.knob("capture").calls_per_share)
+    return Size(2 * shares * sum(4 * site.K**2 for site in expert.sites), 2 * shares * len(expert.sites))
 
 
 def lowrank(run: Run, expert: ExpertRun) -> Size:

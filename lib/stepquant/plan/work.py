@@ -62,18 +62,18 @@ def sampling(run: Run, machine: Machine, stage: str, prompts: int, experts: list
 
 
 def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
-    """Every block's forward over all calls, second moments of the calibration calls, hidden states by way of the disk."""
+    """Every block's forward over all calls, second moments of the calibration calls, hidden states and sums by way of the disk."""
     forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
     moments = expert.blocks * sum(moment_flops(expert, site) for site in expert.sites)
-    hidden, kept = sizes.hidden_states(run, expert).bytes, sizes.activations(run, expert).bytes
-    moved = expert.blocks * hidden / 2
+    scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.share_sums(run, expert).bytes, sizes.activations(run, expert).bytes
+    moved = expert.blocks * scratch / 2
     disk = moved * (2 / machine.disk + 1 / machine.hash) + kept * (1 / machine.disk + 1 / machine.hash)
     statistics = sum(4 * site.K**2 for site in expert.sites)
     block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
     device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
     seconds = (forward / machine.bf16 + moments / machine.moments) / machine.devices + disk
-    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, hidden)
+    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch)
 
 
 def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:

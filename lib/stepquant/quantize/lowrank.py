@@ -28,15 +28,16 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     return _balanced(*_truncated_svd(W.float(), rank, seed))
 
 
-def weighted_low_rank_factors(W: Tensor, U: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def weighted_low_rank_factors(W: Tensor, U: Tensor, rank: int, *, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H^-1 = U^T U.
 
     U float32 [K, K], upper triangular, as GPTQ factors the (damped) second moments of x: this is the error of x @ L.T on those
     tokens, not that of the weight. With the root C = U^-1 of H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040).
-    Shapes and errors as in `low_rank_factors`.
+    start [N, r]: `up` of an approximation that is close already, which spares most of the power iterations. Shapes and errors as in
+    `low_rank_factors`.
     """
     _check_rank(W, rank)
-    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, U))
+    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, U, start))
     return down @ U, up
 
 
@@ -47,7 +48,7 @@ def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Ten
 
 def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
     """What is left for the 4-bit codes: (W - proj_up @ proj_down.T) * s, float32 [N, K]."""
-    return (W.float() - proj_up.float() @ proj_down.float().T) * smooth.float()
+    return torch.addmm(W.float(), proj_up.float(), proj_down.float().T, alpha=-1).mul_(smooth.float())
 
 
 def _check_rank(W: Tensor, rank: int) -> None:
@@ -61,7 +62,9 @@ def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh, U * root
 
 
-def _truncated_svd(W: Tensor, rank: int, seed: int, U: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _truncated_svd(
+    W: Tensor, rank: int, seed: int, U: Tensor | None = None, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Randomized SVD of W, or of W U^-1, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W U^-1 is only ever applied to thin
@@ -80,9 +83,10 @@ def _truncated_svd(W: Tensor, rank: int, seed: int, U: Tensor | None = None) -> 
 
     # Drawn on the CPU, so that a GPU sees the same sketch.
     generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(W.shape[1], rank + OVERSAMPLING, generator=generator).to(W)
-    Q = torch.linalg.qr(apply(sketch)).Q
-    for _ in range(POWER_ITERATIONS):
+    known = 0 if start is None else start.shape[1]
+    sketch = apply(torch.randn(W.shape[1], rank + OVERSAMPLING - known, generator=generator).to(W))
+    Q = torch.linalg.qr(sketch if start is None else torch.cat([start.float(), sketch], dim=1)).Q
+    for _ in range(POWER_ITERATIONS if start is None else 1):
         Q = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(Q)).Q)).Q
     left, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
     return Q @ left[:, :rank], S[:rank], Vh[:rank]

@@ -48,7 +48,8 @@ def refit_branch(W: Tensor, factors: LayerFactors, factor: InverseFactor, *, see
     transform = factors.transform
     lost = rotate(W.float() * transform.smooth.float(), transform.rotation)
     lost -= factors.precision.weight.decode(factors.codes, factors.scales)
-    down, up = weighted_low_rank_factors(lost[:, factor.order], factor.U, factors.proj_down.shape[1], seed=seed)
+    rank = factors.proj_down.shape[1]
+    down, up = weighted_low_rank_factors(lost[:, factor.order], factor.U, rank, seed=seed, start=factors.proj_up)
     # Back from the order that GPTQ visits columns in, and from the rotated space (a rotation is its own inverse).
     down = rotate(down[:, factor.order.argsort()], transform.rotation)
     proj_down, proj_up = stored_branch(down, up, transform.smooth)

@@ -25,13 +25,14 @@ def scales_by_error(fmt: Format, W: Tensor) -> Scales:
     """
     check_finite(W, "weight")
     W, tensor = W.float(), fmt.tensor_scale(W)
+    amax = fmt.amax(W)
     clip = error = None
     for candidate in CLIPS[fmt.name]:
-        rounded = fmt.fake_quantize(W, clip=candidate, rounding="ceil", tensor=tensor)
-        squared = (rounded - W).square().unflatten(-1, (-1, fmt.group)).sum(dim=-1)
+        rounded = fmt.fake_quantize(W, clip=candidate, rounding="ceil", tensor=tensor, amax=amax)
+        squared = rounded.sub_(W).square_().unflatten(-1, (-1, fmt.group)).sum(dim=-1)
         if clip is None:
             clip, error = torch.full_like(squared, candidate), squared
         else:
             clip = torch.where(squared < error, candidate, clip)
             error = torch.minimum(squared, error)
-    return fmt.scales(W, clip=clip, rounding="ceil", tensor=tensor)
+    return fmt.scales(W, clip=clip, rounding="ceil", tensor=tensor, amax=amax)

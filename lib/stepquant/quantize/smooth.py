@@ -53,7 +53,10 @@ def round_to_nearest(W: Tensor, transform: InputTransform, proj_down: Tensor, pr
 
 @dataclass(frozen=True)
 class TransformSearch:
-    """What a search found, its branch as stored, and the relative error of every candidate, in the order given."""
+    """What a search found, its branch as stored, and the relative error of every candidate, in the order given.
+
+    learned: whether the smoothing was moved afterwards (learn.py).
+    """
 
     transform: InputTransform
     proj_down: Tensor
@@ -62,6 +65,7 @@ class TransformSearch:
     beta: float
     errors: tuple[float, ...]
     rotation_errors: tuple[float, ...]
+    learned: bool = False
 
 
 def search_transform(
@@ -88,8 +92,7 @@ def search_transform(
     reference, w_span = x @ W.T, W.abs().amax(dim=0)
 
     def error(transform: InputTransform, branch: tuple[Tensor, Tensor]) -> float:
-        layer = round_to_nearest(W, transform, *branch, precision)
-        return relative_error(layer_output(x, layer, 1.0, 0), reference).item()
+        return search_score(W, x, reference, transform, branch, precision)
 
     errors: list[float] = []
     for alpha, beta in exponents:
@@ -101,3 +104,10 @@ def search_transform(
     rotation_errors = (min(errors), *(error(replace(transform, rotation=rotation), branch) for rotation in rotations[1:]))
     transform = replace(transform, rotation=rotations[rotation_errors.index(min(rotation_errors))])
     return TransformSearch(transform, *branch, *chosen, tuple(errors), rotation_errors)
+
+
+def search_score(
+    W: Tensor, x: Tensor, reference: Tensor, transform: InputTransform, branch: tuple[Tensor, Tensor], precision: Precision
+) -> float:
+    """Relative output error on x [T, K] of the layer rounded to nearest under a transform and a stored branch; reference is x W^T."""
+    return relative_error(layer_output(x, round_to_nearest(W, transform, *branch, precision), 1.0, 0), reference).item()
