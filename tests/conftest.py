@@ -48,8 +48,9 @@ def ray_cluster(tmp_path_factory) -> Iterator[str]:
         (folder / "token").write_text(secrets.token_hex(32))
         run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
         command = [sys.executable, Path(__file__).parent / "compute" / "cluster.py", str(run), folder / "address"]
-        subprocess.Popen(command, env=os.environ | environment(folder), start_new_session=True)
+        cluster = subprocess.Popen(command, env=os.environ | environment(folder), start_new_session=True)
         while not (folder / "address").exists():
+            assert cluster.poll() is None, "Ray does not start; `make test` installs it"
             time.sleep(0.05)
 
     def environment(folder: Path) -> dict[str, str]:

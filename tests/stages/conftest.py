@@ -116,6 +116,24 @@ def folder(finished, tmp_path, monkeypatch):
     torch.set_grad_enabled(True)
 
 
+@pytest.fixture
+def refused(folder):
+    """Run a stage that must refuse, and give its one message; artifacts and units must stay as they were."""
+
+    def run(stage, *arguments):
+        before = folder.artifacts()
+        result = folder.run(stage, *arguments)
+        assert result.exit_code == 2, (result.output, result.exception)
+        assert folder.artifacts() == before
+        assert folder.unfinished() == []
+        # Lines of progress may stand before the message; nothing comes after it.
+        progress, _, message = result.stderr.rpartition("error: ")
+        assert "error: " not in progress and message.count("\n") == 1 and message.endswith("\n")
+        return message.rstrip("\n")
+
+    return run
+
+
 def copy_or_link(source: str, target: str) -> None:
     """Copy the texts that tests write into; all else is linked, which is quicker, and is only ever replaced."""
     edited = source.endswith((".yaml", ".jsonl", "config.json"))

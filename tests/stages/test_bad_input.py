@@ -11,29 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stages import blocks, capture
+from stages import blocks
 from tests.stages.conftest import MANIFEST, TINY_MODEL
 
 HIGH = ("--expert", "high_noise")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def refused(folder):
-    """Run a stage that must refuse, and give its one message; artifacts and units must stay as they were."""
-
-    def run(stage, *arguments):
-        before = folder.artifacts()
-        result = folder.run(stage, *arguments)
-        assert result.exit_code == 2, (result.output, result.exception)
-        assert folder.artifacts() == before
-        assert folder.unfinished() == []
-        # Lines of progress may stand before the message; nothing comes after it.
-        progress, _, message = result.stderr.rpartition("error: ")
-        assert "error: " not in progress and message.count("\n") == 1 and message.endswith("\n")
-        return message.rstrip("\n")
-
-    return run
 
 
 # Parameters
@@ -246,63 +228,6 @@ def test_nan_in_what_the_pipeline_gives_its_denoiser(folder, refused):
     save_file(tensors, file)
     shutil.rmtree(folder.root / ".units/trajectories")
     assert refused("trajectories").startswith("prompt calibration_00: the pipeline gave its denoiser embeddings with NaN or Inf; ")
-
-
-# What earlier stages made
-
-
-def in_place_of(file, content):
-    """Other content under the same name. Not written into the file, which other tests have links to."""
-    file.unlink()
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_factors_that_are_missing_or_truncated(folder, refused, how):
-    """And the way out that the message names: the stage's units are whole, so it computes nothing."""
-    folder.finish("lowrank", *HIGH)
-    before, units = folder.artifacts(), sorted(folder.root.glob(".units/lowrank@high_noise/*/unit.json"))
-    file = folder.root / "artifacts/lowrank/high_noise/block_01/factors.safetensors"
-    if how == "missing":
-        file.unlink()
-    else:
-        in_place_of(file, file.read_bytes()[:5000])
-    message = refused("gptq", *HIGH)
-    assert message.startswith("artifacts/lowrank/high_noise/block_01/factors.safetensors: missing or damaged (")
-    assert message.endswith("); remove artifacts/lowrank/high_noise and run its stage again")
-    shutil.rmtree(folder.root / "artifacts/lowrank/high_noise")
-    times = [unit.stat().st_mtime_ns for unit in units]
-    folder.finish("lowrank", *HIGH)
-    assert folder.artifacts().items() >= before.items()
-    assert [unit.stat().st_mtime_ns for unit in units] == times
-
-
-def test_a_missing_chunk_of_the_activations(folder, refused):
-    """Zarr would read zeros. Units of capture are whole, and bring it back."""
-    chunk = folder.root / "artifacts/activations/high_noise.zarr/block_00/attn2.q/second_moment/c/0/0"
-    whole = chunk.read_bytes()
-    chunk.unlink()
-    message = refused("lowrank", *HIGH)
-    assert "attn2.q/second_moment: 0 of 1 chunks are there; remove the folder and run its stage again" in message
-    folder.finish("capture", *HIGH)
-    assert chunk.read_bytes() == whole
-
-
-def test_a_truncated_unit_is_made_again(folder):
-    """The outputs of a share of calls, which only the next block reads, are cut short between two runs."""
-    before = folder.artifacts()
-    shutil.rmtree(folder.root / ".units/capture@high_noise")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "add_up", lambda shares, out: in_place_of(*shortened(shares[0].folder)) or 1 / 0)
-        assert isinstance(folder.run("capture", *HIGH).exception, ZeroDivisionError)
-    folder.finish("capture", *HIGH)
-    assert folder.artifacts() == before
-
-
-def shortened(share):
-    """A file of a share, and the first half of it."""
-    file = next(share.glob("hidden_states.*"))
-    return file, file.read_bytes()[: file.stat().st_size // 2]
 
 
 # The disk

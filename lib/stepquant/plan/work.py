@@ -69,8 +69,8 @@ def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
     moments = expert.blocks * sum(moment_flops(expert, site) for site in expert.sites)
     scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.share_sums(run, expert).bytes, sizes.activations(run, expert).bytes
-    moved = expert.blocks * scratch / 2
-    disk = moved * (2 / machine.disk + 1 / machine.hash) + kept * (1 / machine.disk + 1 / machine.hash)
+    moved = expert.blocks * scratch / 2  # written and read; whoever makes a share hashes it, while the disk is there once
+    disk = (2 * moved + kept) / machine.disk + moved / machine.hash / machine.devices + kept / machine.hash
     statistics = sum(4 * site.K**2 for site in expert.sites)
     block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
