@@ -4,9 +4,9 @@
     python benchmarks/calibration.py capture.search_tokens 32 64 128 256 512
     python benchmarks/calibration.py capture.steps_per_bin 1 2 4 null --with sampling.steps=40
 
-Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are always those of the
-params as they stand (with the changes of --with), so that numbers of different values compare. Prints the geometric mean over sites, blocks and bins per
-expert, and per kind of site.
+Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are always those of
+the params as they stand (with the changes of --with), so that numbers of different values compare. Prints the geometric mean over
+sites, blocks and bins per expert, and per kind of site.
 """
 
 import argparse

@@ -46,14 +46,14 @@ def run(command: list[str], folder: Path, threads: int) -> tuple[float, float]:
     return usage.ru_maxrss * 1024 / 1e9, time.monotonic() - start
 
 
-def measure(folder: Path, blocks: int, shape: list[str], threads: int) -> list[Peak]:
-    """Make a shape of some blocks, and run the stages on it."""
+def measure(folder: Path, blocks: int, stages: list[str], shape: list[str], threads: int) -> list[Peak]:
+    """Make a shape of some blocks, and run some stages on it."""
     folder.mkdir(parents=True)
     run([str(ROOT / "benchmarks" / "make_shape.py"), ".", "--blocks", str(blocks), *shape], folder, threads)
     shorten(folder / "params.yaml")
     run(["-m", "stages.model"], folder, threads)
     peaks = []
-    for stage in STAGES:
+    for stage in stages:
         peaks.append(Peak(blocks, stage, *run(["-m", f"stages.{stage}", "--expert", EXPERT], folder, threads)))
         print(f"{blocks} blocks, {stage}: {peaks[-1].gigabytes:.2f} GB, {peaks[-1].seconds:.0f} s", file=sys.stderr, flush=True)
     return peaks
@@ -73,7 +73,7 @@ def table(peaks: list[Peak]) -> str:
     """A row per stage, a column per number of blocks."""
     counts = sorted({peak.blocks for peak in peaks})
     lines = [f"| stage | {' | '.join(f'{n} blocks' for n in counts)} | largest / smallest |", "|---" * (len(counts) + 2) + "|"]
-    for stage in STAGES:
+    for stage in dict.fromkeys(peak.stage for peak in peaks):
         found = {peak.blocks: peak for peak in peaks if peak.stage == stage}
         sizes = [found[n].gigabytes for n in counts]
         cells = " | ".join(f"{found[n].gigabytes:.2f} GB, {found[n].seconds:.0f} s" for n in counts)
@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scratch; a folder per number of blocks is made in it and removed again")
     parser.add_argument("--blocks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="each needs those before it; gptq takes longest")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path, help="also write every number here")
@@ -113,7 +114,7 @@ def main() -> None:
     for blocks in options.blocks:
         folder = options.folder / f"blocks_{blocks}"
         shutil.rmtree(folder, ignore_errors=True)
-        peaks += measure(folder, blocks, shape, options.threads)
+        peaks += measure(folder, blocks, options.stages, shape, options.threads)
         shutil.rmtree(folder)
         if options.json:
             options.json.write_text(json.dumps([asdict(peak) for peak in peaks], indent=1) + "\n")

@@ -18,8 +18,8 @@ from stages import artifacts
 from stages.common import Stage, read_json, to_json
 from stages.expert import check_expert, open_expert
 from stepquant.calibration.activations import Activations, block_name, read_activations, site_folder
-from stepquant.compute.executor import Task
 from stepquant.compute.progress import meter
+from stepquant.compute.task import Task
 from stepquant.compute.units import gather
 from stepquant.errors import UserError
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles

@@ -31,8 +31,9 @@ from stepquant.calibration.capture import replay_block
 from stepquant.calibration.statistics import SitePlan, SiteStatistics, plan_site, write_statistics
 from stepquant.calibration.trajectories import Call, Trajectories, spread_over_bins
 from stepquant.commands import command, main
-from stepquant.compute.executor import Executor, Task
+from stepquant.compute.executor import Executor
 from stepquant.compute.progress import Meter, meter
+from stepquant.compute.task import Task
 from stepquant.compute.units import Unit, gather
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins, make_bins

@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from stepquant.commands import remedy
-from stepquant.compute.executor import Executor, Task
+from stepquant.compute.executor import Executor
 from stepquant.compute.progress import meter
+from stepquant.compute.task import Task
 from stepquant.compute.units import UnitStore
 from stepquant.errors import UserError
 from stepquant.params import Compute

@@ -43,18 +43,18 @@ def test_operations_of_the_factor_stages(real):
     for s in high.sites:
         rows = 2048 if s.name == "attn2.kv" else 3 * 2048
         thin = 10 * 2 * (32 + 10)  # ten products with 42 columns
-        lowrank += 5 * 2 * rows * s.weights + 3 * thin * s.weights
+        lowrank += (5 + 1.5) * 2 * rows * s.weights + (3 + 1) * thin * s.weights  # what gradients found is judged on half of the tokens
         gptq += 2 / 3 * s.K**3 + 6 * s.weights * s.K + 6 * thin * (s.weights + s.K**2 / 2)
         clip += 7 * 2 * rows * s.weights
     for stage, expected in (("lowrank", lowrank), ("gptq", gptq), ("clip", clip)):
         assert getattr(work, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
 
 
-def test_eight_devices_take_an_eighth(real):
+def test_eight_devices_take_an_eighth_but_for_sampling_and_packing(real):
     one, eight = (work.stage_costs(real, replace(SLOW, devices=devices)) for devices in (1, 8))
     for a, b in zip(one, eight):
-        if a.stage != "pack@full":  # which copies
-            assert a.seconds == pytest.approx(8 * b.seconds)
+        shared = a.stage.startswith(("capture", "lowrank", "gptq", "clip"))
+        assert a.seconds == pytest.approx(8 * b.seconds if shared else b.seconds)
 
 
 def test_memory_does_not_grow_with_blocks(real):

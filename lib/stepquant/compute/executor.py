@@ -5,45 +5,17 @@ was finished before a worker, a machine or this process was lost is never made a
 but the folder that all of them share.
 """
 
-import contextlib
-import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import SafetensorError
-
-from stepquant.commands import remedy
-from stepquant.compute.device import prepare_torch
 from stepquant.compute.progress import Meter
+from stepquant.compute.task import Outcome, Task
 from stepquant.compute.units import Unit, UnitStore
 from stepquant.errors import UserError
 from stepquant.params import Compute
-
-
-@dataclass(frozen=True)
-class Task:
-    """A unit to be made: its key, and the work that fills its folder.
-
-    work travels to other processes by pickle: a function of a module, a partial of one, or a dataclass to be called. Paths
-    in it are relative to the current folder, which every worker has as its own.
-    """
-
-    key: str
-    work: Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker hands back: the unit's digest, or the mistake that the user has to mend; and what it said on stderr."""
-
-    key: str
-    digest: str | None
-    mistake: str | None
-    said: str
 
 
 class Engine(Protocol):
@@ -95,19 +67,3 @@ class Executor:
         from stepquant.compute.local import InProcess, Processes
 
         return InProcess() if self.compute.workers == 1 else Processes(self.compute)
-
-
-def run_task(task: Task, root: Path, compute: Compute) -> Outcome:
-    """Make one unit in a worker process. What the user has to mend comes back as text, since each engine dresses up errors
-    in its own way; any other error is ours, and is raised."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            prepare_torch(compute)
-            unit = UnitStore(root).make(task.key, task.work)
-    except (UserError, OSError, SafetensorError) as error:
-        mistake = remedy(error)
-        if mistake is None:
-            raise
-        return Outcome(task.key, None, mistake, said.getvalue())
-    return Outcome(task.key, unit.digest, None, said.getvalue())

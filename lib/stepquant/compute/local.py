@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from stepquant.compute.executor import Outcome, Task, run_task
 from stepquant.compute.process import die_with_parent
+from stepquant.compute.task import Outcome, Task, run_task
 from stepquant.compute.units import UnitStore
 from stepquant.errors import UserError
 from stepquant.params import Compute

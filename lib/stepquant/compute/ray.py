@@ -10,8 +10,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stepquant.compute.executor import Outcome, Task, run_task
 from stepquant.compute.local import ATTEMPTS, lost_workers
+from stepquant.compute.task import Outcome, Task, run_task
 from stepquant.errors import UserError
 from stepquant.params import Compute
 

@@ -17,8 +17,8 @@ GEMM_SHARE = 0.5
 COLUMN_SECONDS = 60e-6
 # What a pass of GPTQ does value by value goes over the weight some 50 times in float32, at 70 % of the memory's bandwidth.
 PASS_BYTES, BANDWIDTH_SHARE = 200, 0.7
-# What a Python process with torch and diffusers holds before it has read a tensor, and a CUDA context on the device.
-PROCESS_BYTES, CONTEXT_BYTES = int(0.45 * GB), int(0.6 * GB)
+# What a Python process with torch holds before it has read a tensor, diffusers' models on top of it (measured), and a CUDA context.
+PROCESS_BYTES, DIFFUSERS_BYTES, CONTEXT_BYTES = int(0.25 * GB), int(0.2 * GB), int(0.6 * GB)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def lowrank(run: Run, expert: ExpertRun) -> Size:
     rotations = len(run.knob("rotate", expert.name).blocks)
     record = {
         "alpha": 0.5, "beta": 0.5, "candidates": [[0.5, 0.5]] * candidates, "search_errors": [ERROR] * candidates,
-        "rotation": 64, "rotations": [64] * rotations, "rotation_errors": [ERROR] * rotations,
+        "rotation": 64, "rotations": [64] * rotations, "rotation_errors": [ERROR] * rotations, "learned": True,
     }
 
     def tensors(site: SiteShape) -> Tensors:

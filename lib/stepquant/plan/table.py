@@ -96,7 +96,7 @@ def assumptions(machine: Machine) -> str:
     """What the times of a machine rest on."""
     tera = f"{machine.bf16 / 1e12:.3g} bfloat16, {machine.moments / 1e12:.3g} second moments, {machine.fp32 / 1e12:.3g} float32"
     source = "measured" if machine.device_bytes is None else f"{GEMM_SHARE:.0%} of the maker's peak"
-    devices = "" if machine.devices == 1 else f"; {machine.devices} devices share units and calls evenly"
+    devices = "" if machine.devices == 1 else f"; {machine.devices} devices share blocks and calls evenly"
     return (
         f"assumed: TFLOPS of a device {tera} ({source}); {machine.column_seconds * 1e6:.0f} us per column of GPTQ; "
         f"disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.1f} GB/s{devices}"

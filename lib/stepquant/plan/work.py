@@ -1,7 +1,7 @@
 """What each stage computes, moves and holds: floating-point operations and bytes from shapes, seconds for a machine.
 
 Counted are matrix products, factorizations, GPTQ's column loop, and what goes to and from the scratch disk; the rest is small
-beside them. Units are independent (blocks; in capture and sampling calls), so they are taken to spread evenly over the devices.
+beside them. Units are independent (blocks; in capture shares of the calls), so they are taken to spread evenly over the devices.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,15 +10,15 @@ from math import ceil
 
 from stepquant.calibration.statistics import PANEL, SLAB
 from stepquant.plan import sizes
-from stepquant.plan.rates import CONTEXT_BYTES, PROCESS_BYTES, Machine
+from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
 from stepquant.plan.run import ExpertRun, Run, SiteShape, search_rows
 from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 
 # Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
 # moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
-LOWRANK = (3, 2, 3, 2)
-GPTQ = (5, 6, 0, 0)
-CLIP = (4, 0, 3, 3)
+LOWRANK = (2, 2, 3, 2)
+GPTQ = (4, 5, 0, 0)
+CLIP = (3, 0, 3, 3)
 # A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
 STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
@@ -38,7 +38,10 @@ class Cost:
 
 
 def stage_costs(run: Run, machine: Machine) -> list[Cost]:
-    """Every stage but evaluate and report, which are short, in the order in which they run; of the variants `full`, and bf16."""
+    """Every stage but evaluate and report, which are short, in the order in which they run; of the variants `full`, and bf16.
+
+    Sampling and packing take one device, however many there are.
+    """
     recorded, shown = run.prompts["calibration"] + run.prompts["heldout"], run.prompts["evaluation"]
     whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
     packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
@@ -58,7 +61,7 @@ def sampling(run: Run, machine: Machine, stage: str, prompts: int, experts: list
     everything, working = PROCESS_BYTES + sum(experts) + run.other_bytes, forward_bytes(run, run.experts[0], 1)
     if machine.device_bytes is None:
         return Cost(stage, flops / machine.bf16, everything + working, 0, out)
-    return Cost(stage, flops / machine.bf16 / machine.devices, everything, CONTEXT_BYTES + max(experts) + working, out)
+    return Cost(stage, flops / machine.bf16, everything, CONTEXT_BYTES + max(experts) + working, out)
 
 
 def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -66,21 +69,23 @@ def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
     moments = expert.blocks * sum(moment_flops(expert, site) for site in expert.sites)
     scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.share_sums(run, expert).bytes, sizes.activations(run, expert).bytes
-    moved = expert.blocks * scratch / 2
-    disk = moved * (2 / machine.disk + 1 / machine.hash) + kept * (1 / machine.disk + 1 / machine.hash)
+    moved = expert.blocks * scratch / 2  # written and read; whoever makes a share hashes it, while the disk is there once
+    disk = (2 * moved + kept) / machine.disk + moved / machine.hash / machine.devices + kept / machine.hash
     statistics = sum(4 * site.K**2 for site in expert.sites)
     block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
-    device = block + statistics + 12 * SLAB * largest + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
+    device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
     seconds = (forward / machine.bf16 + moments / machine.moments) / machine.devices + disk
     return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch)
 
 
 def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
-    """Candidates of smoothing and rotation on the search tokens, a truncated SVD for each exponent."""
+    """Candidates of smoothing and rotation on the search tokens, a truncated SVD for each exponent and for what gradients found."""
     smooth, rank = run.knob("smooth", expert.name), run.knob("lowrank", expert.name).rank
     exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
     products = exponents + len(run.knob("rotate", expert.name).blocks)  # the reference, the exponents, the other rotations
+    if smooth.gradient_steps:
+        exponents, products = exponents + 1, products + 1.5  # judged on half of the tokens: reference, before, after
 
     def seconds(site: SiteShape) -> float:
         flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
