@@ -101,6 +101,13 @@ def test_a_dense_model_has_one_expert_over_all_of_t(source):
     assert (experts["denoiser"]["subfolder"], experts["denoiser"]["t_range"]) == ("transformer", [0, 1000])
 
 
+def test_by_what_the_vae_shrinks_a_video(source):
+    """Its config.json decides; a pipeline without the factors, or without a VAE, is taken to have the Wan VAE's."""
+    assert describe(source)["compression"] == {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+    (source / "vae/config.json").write_text(json.dumps({"scale_factor_spatial": 16}))
+    assert describe(source)["compression"] == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+
+
 @pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae", "scheduler"])
 def test_a_missing_component(source, component):
     shutil.rmtree(source / component)

@@ -18,6 +18,8 @@ EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 DENSE_EXPERT = {"denoiser": "transformer"}
 # Of an expert's config.json: what decides the size of its inputs.
 INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
+# Pixels per latent, and frames per latent frame after the first, of the Wan VAE; its config.json may say otherwise.
+COMPRESSION = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
@@ -66,11 +68,18 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> dict[st
         "revision": revision,
         "pipeline": index["_class_name"],
         "num_train_timesteps": steps,
+        "compression": _compression(folder / "vae" / "config.json"),
         "experts": {
             name: _describe_expert(folder / subfolder, subfolder, low, high)
             for (name, subfolder), (low, high) in zip(folders.items(), ranges)
         },
     }
+
+
+def _compression(file: Path) -> dict[str, int]:
+    """By what the VAE shrinks a video; the Wan VAE's factors where a pipeline has none."""
+    config = _read_json(file) if file.is_file() else {}
+    return {key: config.get(key, factor) for key, factor in COMPRESSION.items()}
 
 
 def _check_components(folder: Path) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 from stepquant.errors import UserError
 from stepquant.models.bins import make_bins
 from stepquant.models.sites import WAN_SITES
-from stepquant.models.source import EXPERT_FOLDERS, describe_experts
+from stepquant.models.source import COMPRESSION, EXPERT_FOLDERS, describe_experts
 
-# The Wan VAE: pixels per latent, and frames per latent frame after the first.
-SPATIAL, TEMPORAL = 8, 4
 # Prompts per split where the params take all and the manifest of prompts isn't there to be counted.
 ASSUMED_PROMPTS = {"calibration": 8, "heldout": 4, "evaluation": 16}
 LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
@@ -107,8 +105,9 @@ class Run:
     @cached_property
     def latents(self) -> tuple[int, int, int]:
         """Latent frames, height and width of one video."""
-        sampling = self.knob("sampling")
-        return (sampling.num_frames - 1) // TEMPORAL + 1, sampling.height // SPATIAL, sampling.width // SPATIAL
+        sampling, compression = self.knob("sampling"), self.manifest["compression"]
+        spatial, temporal = compression["scale_factor_spatial"], compression["scale_factor_temporal"]
+        return (sampling.num_frames - 1) // temporal + 1, sampling.height // spatial, sampling.width // spatial
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -205,6 +204,7 @@ _A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 _A14B_RANGES = {"high_noise": [900.0, 1000], "low_noise": [0, 900.0]}
 KNOWN = {
     _A14B: {
+        "compression": COMPRESSION,
         "experts": {
             name: wan_shapes(40, 5120, 13824, 4096, 2 * 14_288_901_184) | {"subfolder": subfolder, "t_range": _A14B_RANGES[name]}
             for name, subfolder in EXPERT_FOLDERS.items()
