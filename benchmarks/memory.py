@@ -94,10 +94,10 @@ def plot(peaks: list[Peak], file: Path) -> None:
         for stage, colour, marker in zip(STAGES, COLOURS, MARKERS):
             points = sorted((peak.blocks, peak.gigabytes) for peak in peaks if peak.stage == stage)
             axes.plot(*zip(*points), label=stage, color=colour, marker=marker)
-        axes.axhline(LIMIT_GB, color="#888888", linestyle="--", linewidth=1)
+        axes.axhline(LIMIT_GB, color="#888888", linestyle="--", linewidth=1, label="goal at the full width")
         axes.set(xlabel="blocks of the model", ylabel="peak resident memory, GB", ylim=(0, LIMIT_GB * 1.1))
         axes.set_xticks(sorted({peak.blocks for peak in peaks}))
-        axes.legend(ncols=len(STAGES), loc="lower center")
+        figure.legend(ncols=len(STAGES) + 1, loc="outside upper center")
         figure.savefig(file, metadata={"Date": None})
 
 
