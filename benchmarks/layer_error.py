@@ -41,7 +41,7 @@ SEEDS = {"tuning": range(0, 3), "reporting": range(100, 103)}
 
 @dataclass(frozen=True)
 class Result:
-    """One recipe in one format on one layer; group and name are the layer's."""
+    """One recipe in one format on one layer; group and name are the layer's. bins: W4A4 error of each timestep bin."""
 
     group: str
     name: str
@@ -52,6 +52,7 @@ class Result:
     floor: float
     seconds: float
     peak_mb: float
+    bins: tuple[float, ...]
 
 
 def measure(layer: Layer, recipe: str, fmt: str) -> Result:
@@ -59,7 +60,9 @@ def measure(layer: Layer, recipe: str, fmt: str) -> Result:
     quantized = (PEERS[recipe].quantize if recipe in PEERS else OURS[recipe])(layer, fmt)
     seconds, peak = time.process_time() - start, _memory("VmHWM") - before
     errors = [_errors(quantized, layer.W, b, x) for b, x in enumerate(layer.activations().heldout)]
-    return Result(layer.group, layer.name, fmt, recipe, *map(_root_mean_square, zip(*errors)), seconds, peak)
+    weights, both, floors = zip(*errors)
+    means = (_root_mean_square(values) for values in (weights, both, floors))
+    return Result(layer.group, layer.name, fmt, recipe, *means, seconds, peak, both)
 
 
 def _errors(quantized: Quantized | PeerLayer, W: Tensor, b: int, x: Tensor) -> list[float]:
@@ -111,12 +114,13 @@ def _cells(rows: Sequence[Result], mean: Callable[[Iterable[float]], float]) -> 
 
 
 def by_layer(results: Sequence[Result]) -> str:
-    """W4A4 error of each layer, a recipe per column."""
+    """W4A4 error of each layer in each of its bins, a recipe per column."""
     recipes = list(dict.fromkeys(r.recipe for r in results))
-    lines = [_row("layer", "format", *(f"`{recipe}`" for recipe in recipes)), "|---" * (len(recipes) + 2) + "|"]
+    lines = [_row("layer", "bin", "format", *(f"`{recipe}`" for recipe in recipes)), "|---" * (len(recipes) + 3) + "|"]
     for (group, name, fmt), rows in _grouped(results, "group", "name", "format").items():
-        errors = {r.recipe: f"{r.error:.4f}" for r in rows}
-        lines.append(_row(f"{group} {name}", fmt, *(errors.get(recipe, "") for recipe in recipes)))
+        for b in range(len(rows[0].bins)):
+            errors = {r.recipe: f"{r.bins[b]:.4f}" for r in rows}
+            lines.append(_row(f"{group} {name}", str(b), fmt, *(errors.get(recipe, "") for recipe in recipes)))
     return "\n".join(lines)
 
 
