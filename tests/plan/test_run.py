@@ -16,9 +16,9 @@ A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 
 @pytest.fixture
 def real(tmp_path, monkeypatch):
-    """The profile of the real model, in a folder where nothing else is."""
+    """The profile of the real model with all steps, in a folder where nothing else is."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
+    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
     return make_run(tmp_path / "params.yaml")
 
 
@@ -52,7 +52,7 @@ def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monk
     manifest = tmp_path / "data/calibration/manifest.jsonl"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("\n".join(json.dumps({"split": split}) for split in ("calibration", "calibration", "heldout")) + "\n")
-    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
+    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
     assert make_run(tmp_path / "params.yaml").prompts == {"calibration": 2, "heldout": 1, "evaluation": 16}
 
 
