@@ -18,7 +18,7 @@ from stages.gptq import choose_scales
 from stepquant.calibration.activations import Activations
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
-from stepquant.quantize.layer import LayerFactors, layer_output, relative_error
+from stepquant.quantize.layer import LayerFactors, layer_output, relative_error, round_input
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.rotate import rotate
 from stepquant.quantize.transform import InputTransform
@@ -119,7 +119,7 @@ def gptaq(layer: Layer, fmt: str) -> Quantized:
     final = site_layer(block, SITE, precision_of(stage["format"]))
     tokens = torch.cat(block.activations(SITE).search) if layer.calibration is None else layer.calibration
     z = final.transform.apply(tokens)
-    seen = final.precision.activation.fake_quantize(z, rounding=final.precision.activation_rounding)
+    seen = round_input(z, final.precision, 1.0, 0)
     H, cross = seen.T @ seen / len(seen), seen.T @ z / len(seen)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
     target = torch.linalg.solve(damped, cross @ final.transform.residual(layer.W, final.proj_down, final.proj_up).T).T
@@ -138,9 +138,8 @@ def _with_codes(stage: Stage, block: OneLayer, target: Tensor, H: Tensor) -> Qua
 
 def _noise(stage: Stage, block: OneLayer, transform: InputTransform) -> Tensor:
     """Variance of the activations' rounding noise per transformed channel on the search tokens, float32 [K]."""
-    precision, z = precision_of(stage["format"]), transform.apply(torch.cat(block.activations(SITE).search))
-    rounded_z = precision.activation.fake_quantize(z, rounding=precision.activation_rounding)
-    return (rounded_z - z).square().mean(0).clamp(min=1e-12)
+    z = transform.apply(torch.cat(block.activations(SITE).search))
+    return (round_input(z, precision_of(stage["format"]), 1.0, 0) - z).square().mean(0).clamp(min=1e-12)
 
 
 def damping_per_site(layer: Layer, fmt: str) -> Quantized:
@@ -156,7 +155,7 @@ def sorted_channels(layer: Layer, fmt: str) -> Quantized:
     """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
     _, block = factored(layer, fmt)
     activations, s = layer.activations(), site_transform(block, SITE).smooth.float()
-    order = (activations.second_moment_about(activations.mean.mean(0)).diagonal().clamp(min=0).sqrt() / s).argsort()
+    order = (activations.variance_about(activations.mean.mean(0)).clamp(min=0).sqrt() / s).argsort()
     quantized = pipeline(_permuted(layer, order), fmt)
     return _Permuted(quantized, order)
 

@@ -25,7 +25,7 @@ from stepquant.models.sites import Site
 from stepquant.params import section
 from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.gptq import inverse_factor
-from stepquant.quantize.layer import LayerFactors, Precision, exact_path, layer_output, relative_error
+from stepquant.quantize.layer import LayerFactors, Precision, exact_path, layer_output, relative_error, round_input
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.refine import rounded_by_gptq
 from stepquant.quantize.smooth import nearest_factors, round_to_nearest, search_transform, smoothing_factor
@@ -50,9 +50,7 @@ class Quantized:
         """Of tokens x [T, K] of bin b: with quantized weights, with both quantized, with quantized activations alone; [T, N]."""
         clip, factors, precision = self.clips[b % len(self.clips)], self.factors, self.factors.precision
         weights_only = replace(factors, precision=replace(precision, activation=None))
-        seen = precision.activation.fake_quantize(
-            factors.transform.apply(x), clip=clip.ratio, exponent_offset=clip.exponent_offset, rounding=precision.activation_rounding
-        )
+        seen = round_input(factors.transform.apply(x), precision, clip.ratio, clip.exponent_offset)
         perfect = factors.transform.residual(W, factors.proj_down, factors.proj_up)
         return (
             layer_output(x, weights_only, 1.0, 0),
@@ -196,7 +194,7 @@ def _rounded_by_gptq(layer: Layer, activations: Activations, factors: LayerFacto
     if layer.calibration is None:
         H = transform.moments(activations.second_moment_about(transform.mean))
     else:
-        seen = precision.activation.fake_quantize(transform.apply(layer.calibration), rounding=precision.activation_rounding)
+        seen = round_input(transform.apply(layer.calibration), precision, 1.0, 0)
         H = seen.T @ seen / len(seen)
     factor = inverse_factor(H, damping=0.01, act_order=act_order)
     choose_scales = partial(weight_scales, precision.weight, rounding=precision.weight_rounding)

@@ -5,19 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepquant.formats import get_format
-from stepquant.quantize.layer import Precision, layer_output, relative_error
+from stepquant.quantize.layer import layer_output, relative_error
 from stepquant.quantize.learn import learn_smoothing, learn_transform
 from stepquant.quantize.rotate import rotate
 from stepquant.quantize.smooth import round_to_nearest, search_transform
 from stepquant.quantize.transform import InputTransform
+from tests.quantize.precision import precision
 
 FORMATS = ["int4", "mxfp4", "nvfp4"]
-
-
-def precision(name: str) -> Precision:
-    fmt = get_format(name)
-    return Precision(weight=fmt, weight_rounding="ceil", activation=fmt, activation_rounding="ceil")
 
 
 @pytest.fixture

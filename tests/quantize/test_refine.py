@@ -17,11 +17,6 @@ from stepquant.quantize.transform import InputTransform
 FORMATS = ["int4", "mxfp4", "nvfp4"]
 
 
-def precision(name: str) -> Precision:
-    fmt = get_format(name)
-    return Precision(weight=fmt, weight_rounding="ceil", activation=fmt, activation_rounding="ceil")
-
-
 @pytest.fixture
 def case(make_layer):
     """W, calibration tokens, their mean second moments, smoothing, held-out tokens and the output there."""
