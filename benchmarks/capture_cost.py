@@ -30,7 +30,7 @@ SAMPLES = {"calibration": 2048, "heldout": 2048}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def accumulating(trajectories: Trajectories) -> Callable[[str, torch.Tensor, range], None]:
+def accumulating(trajectories: Trajectories, stride: int) -> Callable[[str, torch.Tensor, range], None]:
     """What stage capture does with a site's input."""
     calls, statistics = trajectories.calls(EXPERT), {}
     bins = make_bins(1, 0, 1000, "bins")
@@ -38,7 +38,7 @@ def accumulating(trajectories: Trajectories) -> Callable[[str, torch.Tensor, ran
 
     def see(site: str, x: torch.Tensor, positions: range) -> None:
         if site not in statistics:
-            plan = plan_site(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0)
+            plan = plan_site(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0, stride=stride)
             statistics[site] = SiteStatistics(x.shape[-1], plan, "cpu", site)
         statistics[site].add(x, [calls[i] for i in positions], positions)
 
@@ -54,11 +54,11 @@ def fastest(work: Callable[[], object], rounds: int) -> float:
     return min(seconds)
 
 
-def measure(model: Denoiser, trajectories: Trajectories, rounds: int) -> tuple[float, float, int]:
+def measure(model: Denoiser, trajectories: Trajectories, stride: int, rounds: int) -> tuple[float, float, int]:
     """Seconds of the plain forward and with statistics, and the tokens of the call."""
     block, call = model.block(0), trajectories.calls(EXPERT)[:1]
     inputs: BlockInputs = block_inputs(model.prologue(), *trajectories.inputs(call))
-    see = accumulating(trajectories)
+    see = accumulating(trajectories, stride)
     plain = lambda: block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb)  # noqa: E731
     replayed = lambda: list(replay_block(block, WAN_SITES, [(range(1), inputs)], see))  # noqa: E731
     plain(), replayed()  # what only the first call pays
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scratch, 1.2 GB")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--strides", nargs="+", type=int, default=[1, 4], help="values of capture.moment_stride")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     add_options(parser)
@@ -80,11 +81,12 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     make_shape(options.folder, *from_options(options, 1), {})
     trajectories = Trajectories(options.folder / "artifacts" / "trajectories.zarr")
-    print("| dtype | tokens | forward s | with statistics s | ratio |\n|---|---|---|---|---|")
+    print("| dtype | tokens | one of so many summed | forward s | with statistics s | ratio |\n|---|---|---|---|---|---|")
     for name in options.dtypes:
         model = Denoiser(options.folder / "model" / "transformer", "cpu", DTYPES[name])
-        plain, kept, tokens = measure(model, trajectories, options.rounds)
-        print(f"| {name} | {tokens} | {plain:.1f} | {kept:.1f} | {kept / plain:.2f} |", flush=True)
+        for stride in options.strides:
+            plain, kept, tokens = measure(model, trajectories, stride, options.rounds)
+            print(f"| {name} | {tokens} | {stride} | {plain:.1f} | {kept:.1f} | {kept / plain:.2f} |", flush=True)
     shutil.rmtree(options.folder)
 
 

@@ -7,21 +7,20 @@ Each is the default with one thing changed, on the pipeline's own stages where t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.layers import Layer
-from benchmarks.recipes import RANK, SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
-from stages.blocks import precision_of, site_layer, site_transform
-from stages.gptq import choose_scales
+from benchmarks.recipes import SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
+from stages.blocks import precision_of, site_branch, site_layer
+from stages.gptq import choose_scales, site_problem, stored_factors
 from stepquant.calibration.activations import Activations
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.layer import LayerFactors, layer_output, relative_error, round_input
-from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.rotate import rotate
-from stepquant.quantize.transform import InputTransform
+from stepquant.quantize.refine import refit_branch, rounded_by_gptq
 
 
 @dataclass(frozen=True)
@@ -89,32 +88,22 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
 # --- branch and rounding --------------------------------------------------------------------------------------------------
 
 
-def branch_against_noise(layer: Layer, fmt: str) -> Quantized:
-    """The first branch takes out what the activations' rounding noise would be multiplied with: SVD weighted by its variance."""
+def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
+    """Codes aimed at noisy inputs, but from the branch of stage lowrank on instead of the one that leaves least to the noise."""
     stage, block = factored(layer, fmt)
-    transform = site_transform(block, SITE)
-    root = _noise(stage, block, transform).sqrt()
-    down, up = low_rank_factors(rotate(layer.W * transform.smooth.float(), transform.rotation) * root, RANK, seed=0)
-    branch = stored_branch(rotate(down / root, transform.rotation), up, transform.smooth)
-    block.keep("lowrank", {"proj_down": branch[0], "proj_up": branch[1]})
-    return clipped(*rounded(stage, block))
-
-
-def noisy_moments(layer: Layer, fmt: str) -> Quantized:
-    """The last GPTQ aims at what the rounded inputs see: with D the variance of their noise, taken as uncorrelated, the best
-    real-valued weight is R H (H + D)^-1, and H + D is the norm of its rounding."""
-    stage, block = rounded(*factored(layer, fmt))
-    final = site_layer(block, SITE, precision_of(stage["format"]))
-    transform, activations = final.transform, block.activations(SITE)
-    H = transform.moments(activations.second_moment_about(transform.mean))
-    noisy = H + torch.diag(_noise(stage, block, transform))
-    target = torch.linalg.solve(noisy, H @ transform.residual(layer.W, final.proj_down, final.proj_up).T).T
-    return _with_codes(stage, block, target, noisy)
+    problem, settings, precision = site_problem(stage, block, SITE), stage["gptq"], precision_of(stage["format"])
+    branch = site_branch(block, SITE, "lowrank")
+    for _ in range(settings.refits):
+        found = rounded_by_gptq(problem, *branch, precision, partial(choose_scales, settings.scales, precision))
+        found = refit_branch(problem, found, seed=stage["lowrank"].seed)
+        branch = found.proj_down, found.proj_up
+    block.keep("residual", stored_factors(found))
+    return clipped(stage, block)
 
 
 def gptaq(layer: Layer, fmt: str) -> Quantized:
-    """As noisy_moments, with the moments of rounded and unrounded calibration tokens measured instead of modelled (GPTAQ,
-    arXiv 2504.02692); on real sites, whose calibration tokens are not kept, the search tokens have to do."""
+    """A last GPTQ aimed at rounded inputs by the moments of rounded and unrounded calibration tokens, measured instead of modelled
+    (GPTAQ, arXiv 2504.02692); on real sites, whose calibration tokens are not kept, the search tokens have to do."""
     stage, block = rounded(*factored(layer, fmt))
     final = site_layer(block, SITE, precision_of(stage["format"]))
     tokens = torch.cat(block.activations(SITE).search) if layer.calibration is None else layer.calibration
@@ -136,25 +125,17 @@ def _with_codes(stage: Stage, block: OneLayer, target: Tensor, H: Tensor) -> Qua
     return Quantized(factors, clipped(stage, block).clips)
 
 
-def _noise(stage: Stage, block: OneLayer, transform: InputTransform) -> Tensor:
-    """Variance of the activations' rounding noise per transformed channel on the search tokens, float32 [K]."""
-    z = transform.apply(torch.cat(block.activations(SITE).search))
-    return (round_input(z, precision_of(stage["format"]), 1.0, 0) - z).square().mean(0).clamp(min=1e-12)
-
-
 def damping_per_site(layer: Layer, fmt: str) -> Quantized:
-    """The damping out of 0.01, 0.1 and 0.5 with the smallest error of the quantized weights on the search tokens."""
-    tried = [pipeline(layer, fmt, gptq={"damping": damping}) for damping in (0.01, 0.1, 0.5)]
+    """The damping out of 0.0001, 0.001, 0.01 and 0.1 with the smallest error on the search tokens."""
+    tried = [pipeline(layer, fmt, gptq={"damping": damping}) for damping in (0.0001, 0.001, 0.01, 0.1)]
     x = torch.cat(layer.activations().search)
-    weights_only = [replace(q.factors, precision=replace(q.factors.precision, activation=None)) for q in tried]
-    scores = [_search_score(layer.W, x, factors) for factors in weights_only]
+    scores = [_search_score(layer.W, x, q.factors) for q in tried]
     return tried[scores.index(min(scores))]
 
 
 def sorted_channels(layer: Layer, fmt: str) -> Quantized:
     """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
-    _, block = factored(layer, fmt)
-    activations, s = layer.activations(), site_transform(block, SITE).smooth.float()
+    activations, s = layer.activations(), factored(layer, fmt)[1].factor("lowrank", f"{SITE.name}.smooth").float()
     order = (activations.variance_about(activations.mean.mean(0)).clamp(min=0).sqrt() / s).argsort()
     quantized = pipeline(_permuted(layer, order), fmt)
     return _Permuted(quantized, order)
@@ -206,12 +187,14 @@ IDEAS: dict[str, Recipe] = {
     "gradient_120": changed(smooth={"gradient_steps": 120}),
     "mean_per_bin": mean_per_bin,
     "mean_correction": mean_correction,
-    "branch_against_noise": branch_against_noise,
-    "noisy_moments": noisy_moments,
+    "noise_0.5": changed(gptq={"noise": 0.5}),
+    "noise_1": changed(gptq={"noise": 1.0}),
+    "noise_but_its_branch": noise_but_its_branch,
     "gptaq": gptaq,
-    "refits_12": changed(gptq={"refits": 12}),
+    "refits_8": changed(gptq={"refits": 8}),
+    "damping_0.0001": changed(gptq={"damping": 0.0001}),
+    "damping_0.01": changed(gptq={"damping": 0.01}),
     "damping_0.1": changed(gptq={"damping": 0.1}),
-    "damping_0.5": changed(gptq={"damping": 0.5}),
     "damping_per_site": damping_per_site,
     "sorted_channels": sorted_channels,
     "coarse_clip": changed(clip={"ratios": [0.6, 0.7, 0.8, 0.9, 1.0]}),

@@ -24,10 +24,9 @@ from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import Site
 from stepquant.params import section
 from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
-from stepquant.quantize.gptq import inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision, exact_path, layer_output, relative_error, round_input
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.refine import rounded_by_gptq
+from stepquant.quantize.refine import pose, rounded_by_gptq
 from stepquant.quantize.smooth import nearest_factors, round_to_nearest, search_transform, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
@@ -196,9 +195,9 @@ def _rounded_by_gptq(layer: Layer, activations: Activations, factors: LayerFacto
     else:
         seen = round_input(transform.apply(layer.calibration), precision, 1.0, 0)
         H = seen.T @ seen / len(seen)
-    factor = inverse_factor(H, damping=0.01, act_order=act_order)
+    problem = pose(layer.W, transform, H, None, damping=0.01, act_order=act_order)
     choose_scales = partial(weight_scales, precision.weight, rounding=precision.weight_rounding)
-    return rounded_by_gptq(layer.W, transform, factors.proj_down, factors.proj_up, factor, precision, choose_scales)
+    return rounded_by_gptq(problem, factors.proj_down, factors.proj_up, precision, choose_scales)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -212,6 +211,7 @@ RECIPES: dict[str, Recipe] = {
     "no_gradient": changed(smooth={"gradient_steps": 0}),
     "absmax_span": changed(smooth={"span": "absmax"}),
     "absmax_scales": changed(gptq={"scales": "absmax"}),
+    "no_noise": changed(gptq={"noise": 0.0, "damping": 0.01}),
     "no_refits": changed(gptq={"refits": 0}),
     "no_clip": changed(clip={"ratios": [1.0], "exponent_offsets": [0]}),
     "refits_2": changed(gptq={"refits": 2}),

@@ -1,21 +1,23 @@
 """capture@E: replay the recorded calls of one expert block by block, and keep statistics per site and bin.
 
-A block's calls are cut into shares of `capture.calls_per_share`, each of which is a unit that any worker can make: it runs
-its calls through the block, keeps their outputs for the next block, and the sums of their statistics. Adding up the shares
-in their order gives the block's statistics, a unit that ends up in the out. Shares are dropped once nothing needs them.
+The work is cut both ways: into shares of `capture.calls_per_share` calls, and into runs of `capture.blocks_per_share` blocks. A
+share of a run is a unit that any worker can make: it takes its calls through these blocks, one block at a time, holds
+what goes from block to block in memory, keeps the last outputs for the next run, and the sums of every block's statistics.
+Adding up the shares in their order gives a block's statistics, a unit that ends up in the out. Shares are dropped once
+nothing needs them.
 
 The size of a share is a parameter, and does not follow from the number of workers, because sums depend on where they are
-cut: this way one worker and many give the same bytes, and a killed capture goes on in the middle of a block. The price
-is the sums on disk, 1.4 GB per share of a block that is 5120 wide, beside 0.34 GB of outputs per call (480 x 832, 81
-frames): shares of 64 calls add 6 %.
+cut: this way one worker and many give the same bytes, and a killed capture goes on inside a run of blocks. The price is
+host memory for a share's hidden states, 0.34 GB a call (480 x 832, 81 frames), and sums on disk, 1.4 GB per share of a
+block that is 5120 wide; more blocks in a share write hidden states less often, and lose more when killed.
 
-    <share>/hidden_states.<first call>.safetensors   a chunk's outputs [B, T, D]
-    <share>/<site>.safetensors                       sums and samples (calibration/statistics.py)
+    <share>/hidden_states.<first call>.safetensors   a chunk's outputs of the last block [B, T, D], if there is a block after it
+    <share>/<block>/<site>.safetensors               sums and samples (calibration/statistics.py)
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,13 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert) as stage:
         manifest = read_json(artifacts.MODEL)
         check_expert(manifest, expert)
-        blocks = manifest["experts"][expert]["blocks"]
         trajectories = Trajectories(artifacts.TRAJECTORIES)
-        bins = expert_bins(stage["bins"], manifest, expert)
-        ranges = share_ranges(len(replayed_calls(trajectories, expert, bins, stage["capture"])), stage["capture"].calls_per_share)
-        with stage.executor() as executor, meter(f"capture@{expert}", blocks * len(ranges)) as progress:
-            replay = Replay(stage, manifest, expert, bins, trajectories.digest(), ranges, executor, progress)
-            units = {block_name(i): replay.statistics(i, last=i == blocks - 1) for i in range(blocks)}
+        bins, settings = expert_bins(stage["bins"], manifest, expert), stage["capture"]
+        shares = cut(len(replayed_calls(trajectories, expert, bins, settings)), settings.calls_per_share)
+        runs = cut(manifest["experts"][expert]["blocks"], settings.blocks_per_share)
+        with stage.executor() as executor, meter(f"capture@{expert}", len(runs) * len(shares)) as progress:
+            replay = Replay(stage, manifest, expert, bins, trajectories.digest(), shares, runs, executor, progress)
+            units = {block_name(i): unit for n in range(len(runs)) for i, unit in replay.statistics(n).items()}
         contents = {"bin_edges": replay.bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
         texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(contents)}
         gather(units, artifacts.activations(expert), texts)
@@ -72,68 +74,70 @@ def replayed_calls(trajectories: Trajectories, expert: str, bins: Bins, settings
     return spread_over_bins(trajectories.calls(expert), bins, settings.steps_per_bin)
 
 
-def share_ranges(calls: int, size: int) -> list[range]:
-    """The calls of each share."""
-    return [range(start, min(start + size, calls)) for start in range(0, calls, size)]
+def cut(count: int, size: int) -> list[range]:
+    """0 to count - 1 in pieces of `size`, the last one what is left."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class Replay:
     """The calls of one expert on their way through its blocks, seen by the process that hands out the work."""
 
     def __init__(
-        self, stage: Stage, manifest: dict[str, Any], expert: str, bins: Bins, trajectories: dict[str, str], ranges: list[range],
-        executor: Executor, progress: Meter,
+        self, stage: Stage, manifest: dict[str, Any], expert: str, bins: Bins, trajectories: dict[str, str], shares: list[range],
+        runs: list[range], executor: Executor, progress: Meter,
     ):
         self.stage, self.manifest, self.expert, self.bins = stage, manifest, expert, bins
-        self.ranges, self.executor, self.progress = ranges, executor, progress
+        self.shares, self.runs, self.executor, self.progress = shares, runs, executor, progress
         self.inputs = {"model": expert_digest(manifest, expert), "trajectories": trajectories, "bins": self.bins.edges}
 
-    def statistics(self, index: int, last: bool) -> Unit:
-        """The finished unit of one block's statistics; the block before it is run only if it has to be."""
-        key = self.stage.key(("compute", "capture"), block=index, **self.inputs)
-        unit = self.stage.units.find(key)
-        if unit is None:
-            shares = self._shares(index)
-            unit = self.stage.units.make(key, lambda folder: add_up(shares, folder))
+    def statistics(self, n: int) -> dict[int, Unit]:
+        """The finished units of the statistics of the n-th run's blocks; the run before it is made only if it has to be."""
+        keys = {i: self.stage.key(("compute", "capture"), block=i, **self.inputs) for i in self.runs[n]}
+        found = {i: self.stage.units.find(key) for i, key in keys.items()}
+        if None in found.values():
+            shares = self._shares(n)
+            for i, key in keys.items():
+                found[i] = self.stage.units.make(key, partial(add_up, shares, block_name(i)))
         else:
-            self.progress.skip(len(self.ranges))
-        for done in (index - 1, index) if last else (index - 1,):
-            for calls in self.ranges:
+            self.progress.skip(len(self.shares))
+        for done in (n - 1, n) if n == len(self.runs) - 1 else (n - 1,):
+            for calls in self.shares if done >= 0 else ():
                 self.stage.units.drop(self._share_key(done, calls))
-        return unit
+        return found
 
-    def _shares(self, index: int) -> list[Unit]:
-        """The finished shares of one block, in the order of their calls."""
-        previous = self._outputs(index - 1)
-        common = (self.expert, self.manifest, self.stage["compute"], self.stage["capture"], self.bins, index)
-        work = [Share(*common, calls, outputs) for calls, outputs in zip(self.ranges, previous)]
-        tasks = [Task(self._share_key(index, share.calls), share) for share in work]
+    def _shares(self, n: int) -> list[Unit]:
+        """The finished shares of one run, in the order of their calls."""
+        previous = self._outputs(n - 1)
+        common = (self.expert, self.manifest, self.stage["compute"], self.stage["capture"], self.bins, self.runs[n])
+        work = [Share(*common, calls, outputs) for calls, outputs in zip(self.shares, previous)]
+        tasks = [Task(self._share_key(n, share.calls), share) for share in work]
         return self.executor.map_units(self.stage.units, tasks, self.progress)
 
-    def _outputs(self, index: int) -> list[Path | None]:
-        """Where each share's outputs of a block are, None before the first; the block is run again if they have been lost."""
-        if index < 0:
-            return [None] * len(self.ranges)
-        found = [self.stage.units.find(self._share_key(index, calls)) for calls in self.ranges]
+    def _outputs(self, n: int) -> list[Path | None]:
+        """Where each share's outputs of a run are, None before the first; the run is made again if they have been lost."""
+        if n < 0:
+            return [None] * len(self.shares)
+        found = [self.stage.units.find(self._share_key(n, calls)) for calls in self.shares]
         if None in found:
-            self.progress.extend(len(self.ranges))
-            found = self._shares(index)
+            self.progress.extend(len(self.shares))
+            found = self._shares(n)
         return [unit.folder for unit in found]
 
-    def _share_key(self, index: int, calls: range) -> str:
-        return self.stage.key(("compute", "capture"), share_of=index, calls=[calls.start, calls.stop], **self.inputs)
+    def _share_key(self, n: int, calls: range) -> str:
+        blocks = self.runs[n]
+        return self.stage.key(("compute", "capture"), share_of=[blocks.start, blocks.stop], calls=[calls.start, calls.stop], **self.inputs)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The work of one share: some of an expert's calls through one block. previous: the same calls' share of the block before."""
+    """The work of one share: some of an expert's calls through a run of blocks. previous: the same calls' share of the run before."""
 
     expert: str
     manifest: dict[str, Any]
     compute: Compute
     capture: Capture
     bins: Bins
-    block: int
+    blocks: range
     calls: range
     previous: Path | None
 
@@ -141,34 +145,52 @@ class Share:
         trajectories = Trajectories(artifacts.TRAJECTORIES)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
-        statistics: dict[str, SiteStatistics] = {}
+        prologue = load_prologue(model.weights.folder.absolute(), model.device, model.dtype)
+        chunks = [self.calls[chunk.start : chunk.stop] for chunk in cut(len(self.calls), self.capture.calls_per_chunk)]
+        hidden: list[torch.Tensor | None] = [None] * len(chunks)
+        if self.previous is not None:
+            hidden = [load_file(self.previous / hidden_states(positions))["hidden_states"] for positions in chunks]
 
-        def see(site: str, x: torch.Tensor, positions: range) -> None:
-            if site not in statistics:
-                where = f"{self.expert} block {self.block} {site}"
-                statistics[site] = SiteStatistics(x.shape[-1], self._plan(site, calls, x.shape[1]), x.device.type, where)
-            statistics[site].add(x, [calls[i] for i in positions], positions)
+        def inputs() -> Iterator[tuple[range, BlockInputs]]:
+            """What stands before the blocks is cheap and run again; hidden states come from the block before."""
+            for positions, states in zip(chunks, hidden):
+                found = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
+                yield positions, found if states is None else found.with_hidden_states(states.to(found.hidden_states.device))
 
-        batches = self._batches(trajectories, calls, load_prologue(model.weights.folder.absolute(), model.device, model.dtype))
-        for positions, output in replay_block(model.block(self.block), WAN_SITES, batches, see):
-            save_file({"hidden_states": output.cpu()}, folder / hidden_states(positions))
-        for site, found in statistics.items():
+        for index in self.blocks:
+            sums = Sums(self, index, calls)
+            for n, (_, output) in enumerate(replay_block(model.block(index), WAN_SITES, inputs(), sums.see)):
+                hidden[n] = output.cpu()  # in place of this block's input: at the real size all of them are 16 GB
+            sums.save(folder / block_name(index))
+        if self.blocks.stop < self.manifest["experts"][self.expert]["blocks"]:
+            for positions, states in zip(chunks, hidden):
+                save_file({"hidden_states": states}, folder / hidden_states(positions))
+
+
+class Sums:
+    """The statistics of one block's sites over one share's calls."""
+
+    def __init__(self, share: Share, block: int, calls: list[Call]):
+        self.share, self.block, self.calls = share, block, calls
+        self.sites: dict[str, SiteStatistics] = {}
+
+    def see(self, site: str, x: torch.Tensor, positions: range) -> None:
+        """Take in a site's input x [B, T, K] for the calls at some positions."""
+        if site not in self.sites:
+            where = f"{self.share.expert} block {self.block} {site}"
+            self.sites[site] = SiteStatistics(x.shape[-1], self._plan(site, x.shape[1]), x.device.type, where)
+        self.sites[site].add(x, [self.calls[i] for i in positions], positions)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        for site, found in self.sites.items():
             save_file(found.tensors(), folder / f"{site}.safetensors")
 
-    def _batches(self, trajectories: Trajectories, calls: list[Call], prologue: torch.nn.Module) -> Iterator[tuple[range, BlockInputs]]:
-        """Inputs of the block: what stands before the blocks is cheap and run again, hidden states come from disk."""
-        for chunk in share_ranges(len(self.calls), self.capture.calls_per_chunk):
-            positions = self.calls[chunk.start : chunk.stop]
-            inputs = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
-            if self.previous is not None:
-                stored = load_file(self.previous / hidden_states(positions))["hidden_states"]
-                inputs = inputs.with_hidden_states(stored.to(inputs.hidden_states.device))
-            yield positions, inputs
-
-    def _plan(self, name: str, calls: list[Call], tokens: int) -> SitePlan:
-        site = next(s for s in WAN_SITES if s.name == name)
-        samples = {"calibration": self.capture.search_tokens, "heldout": self.capture.heldout_tokens}
-        return plan_site(calls, self.bins if site.depends_on_timestep else None, tokens, samples, self.capture.seed)
+    def _plan(self, name: str, tokens: int) -> SitePlan:
+        site, settings = next(s for s in WAN_SITES if s.name == name), self.share.capture
+        samples = {"calibration": settings.search_tokens, "heldout": settings.heldout_tokens}
+        bins = self.share.bins if site.depends_on_timestep else None
+        return plan_site(self.calls, bins, tokens, samples, settings.seed, stride=settings.moment_stride)
 
 
 @lru_cache(maxsize=1)
@@ -182,10 +204,10 @@ def hidden_states(positions: range) -> str:
     return f"hidden_states.{positions.start:06d}.safetensors"
 
 
-def add_up(shares: list[Unit], folder: Path) -> None:
+def add_up(shares: list[Unit], block: str, folder: Path) -> None:
     """A block's statistics, one Zarr group per site, from its shares; one share's sums of one site in memory at a time."""
     for site in WAN_SITES:
-        write_statistics(folder / site.name, (load_file(share.folder / f"{site.name}.safetensors") for share in shares))
+        write_statistics(folder / site.name, (load_file(share.folder / block / f"{site.name}.safetensors") for share in shares))
 
 
 def expert_bins(bins: Any, manifest: dict[str, Any], expert: str) -> Bins:

@@ -13,9 +13,8 @@ from stepquant.calibration.activations import site_folder, tokens_per_column
 from stepquant.commands import command, main
 from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
-from stepquant.quantize.gptq import inverse_factor
-from stepquant.quantize.layer import LayerFactors, Precision
-from stepquant.quantize.refine import refit_branch, rounded_by_gptq
+from stepquant.quantize.layer import LayerFactors, Precision, rounding_noise
+from stepquant.quantize.refine import Problem, first_branch, pose, refit_branch, rounded_by_gptq
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
@@ -38,36 +37,47 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:
     """Packed codes [N, K/2] and scales of one site's residual, the branch that goes with them, and what the mean contributes [N]."""
-    settings, precision = stage["gptq"], precision_of(stage["format"])
-    W, activations, transform = block.weight(site), block.activations(site), site_transform(block, site)
-    H = transform.moments(activations.second_moment_about(transform.mean))
-    factor = inverse_factor(H, damping=settings.damping, act_order=settings.act_order)
-    del H  # at 13,824 columns each of these takes 0.76 GB
+    settings, branch, precision = stage["gptq"], stage["lowrank"], precision_of(stage["format"])
+    problem = site_problem(stage, block, site)
+    factor = problem.factor
     if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"
         warn(f"{where}: Cholesky failed {factor.retries} times; damping raised to {factor.damping:g}")
 
     def rounded(proj_down: torch.Tensor, proj_up: torch.Tensor) -> LayerFactors:
         choose = partial(choose_scales, settings.scales, precision)
-        return rounded_by_gptq(W, transform, proj_down, proj_up, factor, precision, choose, block_size=settings.block_size)
+        return rounded_by_gptq(problem, proj_down, proj_up, precision, choose, block_size=settings.block_size)
 
-    layer = rounded(*site_branch(block, site, "lowrank"))
-    for i in range(settings.refits if stage["lowrank"].rank else 0):
+    start = site_branch(block, site, "lowrank") if problem.noise is None else first_branch(problem, branch.rank, seed=branch.seed)
+    layer = rounded(*start)
+    for i in range(settings.refits if branch.rank else 0):
         if i > 0:
             layer = rounded(layer.proj_down, layer.proj_up)
-        layer = refit_branch(W, layer, factor, seed=stage["lowrank"].seed)
+        layer = refit_branch(problem, layer, seed=branch.seed)
+    return stored_factors(layer), {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+
+
+def site_problem(stage: Stage, block: Block, site: Site) -> Problem:
+    """What is to be rounded and for which inputs, as the params want it."""
+    settings, activations, transform = stage["gptq"], block.activations(site), site_transform(block, site)
+    moments, noise = transform.moments(activations.second_moment_about(transform.mean)), None
+    if settings.noise:
+        noise = settings.noise * rounding_noise(activations.search, transform, precision_of(stage["format"]))
+    return pose(block.weight(site), transform, moments, noise, damping=settings.damping, act_order=settings.act_order)
+
+
+def stored_factors(layer: LayerFactors) -> Factors:
+    """What of a finished layer goes into the out; `blocks.site_layer` reads it."""
     factors = {"codes": pack_nibbles(layer.codes), "scales": layer.scales.group, "offset": layer.offset}
     factors |= {"proj_down": layer.proj_down, "proj_up": layer.proj_up}
-    if layer.scales.tensor is not None:
-        factors["tensor_scale"] = layer.scales.tensor
-    return factors, {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+    return factors if layer.scales.tensor is None else factors | {"tensor_scale": layer.scales.tensor}
 
 
 def warn_of_few_tokens(expert: str, site: Site) -> None:
     """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/recipe.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
-        remedy = "raise trajectories.calibration_prompts, or gptq.damping (0.1 to 0.5)"
+        remedy = "raise trajectories.calibration_prompts (or gptq.damping, where gptq.noise is 0)"
         warn(f"gptq@{expert} {site.name}: {found:.1f} calibration tokens per column, fewer than {FEW_TOKENS}; {remedy}")
 
 

@@ -129,7 +129,7 @@ def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):
 
 def test_a_misspelt_parameter_is_named_as_it_was_written(tmp_path):
     message = refusal(write(tmp_path, [("gptq.damping", GONE), ("gptq.dampening", 0.01)]))
-    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, damping, act_order, block_size"
+    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, damping, act_order, block_size"
 
 
 def test_a_missing_section(tmp_path):

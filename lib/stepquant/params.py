@@ -83,14 +83,16 @@ class Trajectories(Section):
 
 
 class Capture(Section):
-    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches and for held-out errors;
-    calls that run through a block at once, and calls whose statistics are one unit of work."""
+    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches and for held-out errors; of how
+    many tokens one goes into second moments and means; calls that run through a block at once; calls and blocks of one unit of work."""
 
     steps_per_bin: Positive | None
     search_tokens: Positive
     heldout_tokens: Positive
+    moment_stride: Positive
     calls_per_chunk: Positive
     calls_per_share: Positive
+    blocks_per_share: Positive
     seed: Seed
 
 
@@ -139,10 +141,12 @@ class LowRank(Section):
 
 
 class Gptq(Section):
-    """refits: how often the branch is fitted to what rounding lost. scales: by each group's rounding error, or its absmax."""
+    """refits: how often the branch is fitted to what rounding lost. scales: by each group's rounding error, or its absmax. noise: share of
+    the activations' rounding variance that weights and branch reckon with."""
 
     scales: Literal["error", "absmax"]
     refits: Annotated[int, Field(ge=0)]
+    noise: Annotated[float, Field(ge=0)]
     damping: Annotated[float, Field(gt=0)]
     act_order: bool
     block_size: Positive

@@ -35,9 +35,9 @@ def text():
     return torch.stack([by_prompt[call.prompt, call.branch] for call in CALLS])
 
 
-def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES, share=len(CALLS)):
+def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES, share=len(CALLS), stride=1):
     """Run the calls through SiteStatistics in shares of chunks, add up, write, and read back."""
-    plan = plan_site(CALLS, bins, TOKENS, samples, seed)
+    plan = plan_site(CALLS, bins, TOKENS, samples, seed, stride=stride)
     shares = []
     for first in range(0, len(CALLS), share):
         site = SiteStatistics(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
@@ -168,6 +168,25 @@ def test_shares_add_up_to_the_whole(tmp_path, x, share, offset):
     assert torch.allclose(found.second_moment, whole.second_moment, rtol=0, atol=2e-6 if offset == 0 else 4e-3)
 
 
+def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path, x):
+    """Of ten tokens calls 0, 3, ... take 0, 3, 6, 9, calls 1, 4, ... take 1, 4, 7; samples and the largest magnitudes are of all."""
+    whole, found = collect(tmp_path / "whole", x, BINS, chunk=5), collect(tmp_path / "third", x, BINS, chunk=5, share=7, stride=3)
+    bin_of = [0 if c.t > 900 else 1 if c.t > 500 else 2 for c in CALLS]
+    taken = [[x[i][i % 3 :: 3].double() for i, c in enumerate(CALLS) if c.split == "calibration" and bin_of[i] == b] for b in range(3)]
+    per_bin = [torch.cat(tokens) for tokens in taken]
+    assert open_group(tmp_path / "third").attrs["tokens"] == [len(tokens) for tokens in per_bin]
+    assert torch.allclose(found.mean.double(), torch.stack([tokens.mean(0) for tokens in per_bin]), rtol=0, atol=1e-6)
+    expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
+    assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(found.absmax, whole.absmax)
+    assert all(torch.equal(a, b) for a, b in zip(found.search + found.heldout, whole.search + whole.heldout, strict=True))
+
+
+def test_a_site_without_t_sums_every_token_whatever_the_stride(tmp_path, text):
+    whole, found = collect(tmp_path / "whole", text, None, chunk=5), collect(tmp_path / "third", text, None, chunk=5, stride=3)
+    assert torch.equal(found.second_moment, whole.second_moment) and torch.equal(found.mean, whole.mean)
+
+
 def test_shares_of_a_site_without_t(tmp_path, text):
     """Only the first of its shares holds anything new."""
     whole, found = collect(tmp_path / "whole", text, None, chunk=4), collect(tmp_path / "shares", text, None, chunk=4, share=4)
@@ -177,7 +196,7 @@ def test_shares_of_a_site_without_t(tmp_path, text):
 
 def test_the_choice_follows_the_seed():
     def chosen(seed):
-        plan = plan_site(CALLS, BINS, TOKENS, SAMPLES, seed)
+        plan = plan_site(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1)
         return [rows.tolist() for rows in plan.rows]
 
     assert chosen(3) == chosen(3) != chosen(4)
@@ -186,7 +205,7 @@ def test_the_choice_follows_the_seed():
 def test_every_token_is_as_likely_as_any_other():
     """20 x 20 draws of 7 out of 40 in bin 0, calibration: each call should get a quarter. 700 +- 5 deviations of about 22."""
     members = [i for i, c in enumerate(CALLS) if c.split == "calibration" and c.t > 900]
-    drawn = np.array([[len(plan_site(CALLS, BINS, TOKENS, SAMPLES, seed).rows[i]) for i in members] for seed in range(400)]).sum(0)
+    drawn = np.array([[len(plan_site(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1).rows[i]) for i in members] for seed in range(400)]).sum(0)
     assert drawn.sum() == 400 * 7
     assert np.abs(drawn - 700).max() < 110
 
@@ -215,7 +234,7 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_or_inf_is_refused_with_its_place(bad, x):
-    site = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0), "cpu", "low_noise block 3 ffn.up")
+    site = SiteStatistics(CHANNELS, plan_site(CALLS, BINS, TOKENS, SAMPLES, 0, stride=1), "cpu", "low_noise block 3 ffn.up")
     x[2, 4, 1] = bad
     with pytest.raises(UserError) as caught:
         site.add(x[:4], CALLS[:4], range(4))
@@ -225,16 +244,16 @@ def test_nan_or_inf_is_refused_with_its_place(bad, x):
 
 def test_a_bin_that_no_step_falls_into_is_refused():
     with pytest.raises(UserError) as caught:
-        plan_site(CALLS, Bins((1000.0, 990.0, 0.0)), TOKENS, SAMPLES, 0)
+        plan_site(CALLS, Bins((1000.0, 990.0, 0.0)), TOKENS, SAMPLES, 0, stride=1)
     assert str(caught.value).startswith("bins: no recorded calibration step has t in bin 0, (990, 1000]; use fewer or wider bins")
 
 
 def test_a_split_without_calls_is_refused():
     calls = [call for call in CALLS if call.split == "calibration"]
     with pytest.raises(UserError, match="trajectories: no call of split 'heldout'"):
-        plan_site(calls, None, TOKENS, SAMPLES, 0)
+        plan_site(calls, None, TOKENS, SAMPLES, 0, stride=1)
     with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):
-        plan_site(calls, BINS, TOKENS, SAMPLES, 0)
+        plan_site(calls, BINS, TOKENS, SAMPLES, 0, stride=1)
 
 
 def test_a_site_is_three_arrays_of_one_file(tmp_path, x):

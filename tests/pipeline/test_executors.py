@@ -50,6 +50,16 @@ def test_a_ray_cluster(fresh, ray_cluster):
     assert counts(output, "capture@high_noise") == ["1/4", "2/4", "3/4", "4/4"]
 
 
+def test_a_share_may_walk_several_blocks(fresh):
+    """12 calls in shares of 8, both blocks in one go: two units of work, which hand on nothing by way of the disk."""
+    fresh.set("capture.blocks_per_share", 2)
+    out = fresh.root / "artifacts/activations/high_noise.zarr"
+    expected = tree(out)
+    output = fresh.run("stages.capture", "--expert", "high_noise")
+    assert tree(out) == expected
+    assert counts(output, "capture@high_noise") == ["1/2", "2/2"]
+
+
 def counts(output: str, label: str) -> list[str]:
     """What the lines of progress have counted."""
     return [line.removeprefix(f"{label}: ").split(",")[0] for line in output.splitlines() if line.startswith(f"{label}: ")]

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from benchmarks.make_shape import Shape
 from stepquant.errors import UserError
 from stepquant.plan.command import make_run
-from stepquant.plan.run import find_model, rows_kept, search_rows, timesteps
+from stepquant.plan.run import find_model, rows_kept, search_rows, summed_tokens, timesteps
 from stepquant.profiles import read_profiles
 
 A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -56,12 +56,23 @@ def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monk
     assert make_run(tmp_path / "params.yaml").prompts == {"calibration": 2, "heldout": 1, "evaluation": 16}
 
 
-def test_samples_are_never_more_than_there_is(real):
-    """2,048 tokens of each split and bin; of text, 512 tokens of 8 prompts and of 4, with and without guidance, are enough too."""
+def test_samples_are_never_more_than_there_is(tmp_path, monkeypatch):
+    """10,000 tokens of each split and bin; of text, 512 tokens of 8 prompts and of 4, with and without guidance, are fewer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("_tokens: 512", "_tokens: 10000"))
+    run = make_run(tmp_path / "params.yaml")
+    high, _ = run.experts
+    sites = {site.name: site for site in high.sites}
+    assert rows_kept(run, high, sites["ffn.down"]) == 2 * 3 * 10000 and search_rows(run, high, sites["ffn.down"]) == 3 * 10000
+    assert rows_kept(run, high, sites["attn2.kv"]) == 8192 + 4096 and search_rows(run, high, sites["attn2.kv"]) == 8192
+
+
+def test_second_moments_take_every_fourth_token_but_all_of_the_text(real):
+    """15 steps, two branches, 8 prompts; every step of a prompt has the same text."""
     high, _ = real.experts
     sites = {site.name: site for site in high.sites}
-    assert rows_kept(real, high, sites["ffn.down"]) == 2 * 3 * 2048 and search_rows(real, high, sites["ffn.down"]) == 3 * 2048
-    assert rows_kept(real, high, sites["attn2.kv"]) == 2 * 2048 and search_rows(real, high, sites["attn2.kv"]) == 2048
+    assert summed_tokens(real, high, sites["ffn.down"]) == 240 * 32760 / 4
+    assert summed_tokens(real, high, sites["attn2.kv"]) == 16 * 512
 
 
 def test_a_local_model_is_described_without_its_weights_being_hashed(made):

@@ -67,6 +67,15 @@ def test_what_does_not_help_other_tokens_is_not_taken(case):
     assert learn_transform(W, silent, loud, before, steps=30, rank=8, seed=0, precision=precision("int4")) is before
 
 
+@pytest.mark.parametrize("size", [0.0, 1e6])
+def test_a_group_that_is_silent_or_huge_leaves_numbers(case, size):
+    W, search, _, found = case
+    before, x = found("nvfp4").transform, search.clone()
+    x[:, :16] *= size
+    smooth = learn_smoothing(W, x, before, 16, steps=5)
+    assert smooth.isfinite().all() and not torch.equal(smooth, before.smooth)
+
+
 def test_no_steps_change_nothing(case):
     W, search, _, found = case
     before = found("nvfp4")

@@ -30,7 +30,7 @@ PARAMS = {
     },
     "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": 1, "low_noise": 1},
-    "capture": {"search_tokens": 16, "heldout_tokens": 16},
+    "capture": {"search_tokens": 16, "heldout_tokens": 16, "blocks_per_share": 1},
     "lowrank": {"rank": 8},
     "smooth": {"alpha": 0.5},
     "generate": {"manifest": MANIFEST, "prompts": 1},

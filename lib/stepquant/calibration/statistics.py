@@ -30,7 +30,8 @@ class SitePlan:
     """Which tokens of which calls a site's statistics take.
 
     bin and rows are per call, in the order of the calls; rows are the sampled token indices inside the call. skip marks
-    calls that repeat what another call showed already (text tokens are the same at every step).
+    calls that repeat what another call showed already (text tokens are the same at every step). stride: sums take every so many-th token
+    of a call, from another one in each call; weight: that of each token which they take.
     """
 
     bins: int
@@ -38,14 +39,17 @@ class SitePlan:
     skip: list[bool]
     rows: list[np.ndarray]
     weight: list[float]
+    stride: int
 
 
-def plan_site(calls: list[Call], bins: Bins | None, tokens: int, samples: dict[str, int], seed: int) -> SitePlan:
+def plan_site(calls: list[Call], bins: Bins | None, tokens: int, samples: dict[str, int], seed: int, *, stride: int) -> SitePlan:
     """Choose a site's tokens before any block runs, so that the choice depends on nothing but its arguments.
 
     bins: None for a site that does not depend on t (one bin, one call per prompt and branch). tokens: per call.
-    samples: tokens to keep per bin, by split. Raises UserError if a bin has no recorded call of some split.
+    samples: tokens to keep per bin, by split. stride: of the tokens that count; a site without t sees few, which all do. Raises
+    UserError if a bin has no recorded call of some split.
     """
+    stride = 1 if bins is None else min(stride, tokens)
     seen: set[tuple[str, int]] = set()
     bin_of, skip = [], []
     for call in calls:
@@ -60,10 +64,16 @@ def plan_site(calls: list[Call], bins: Bins | None, tokens: int, samples: dict[s
             members = [i for i, c in enumerate(calls) if bin_of[i] == b and c.split == split and not skip[i]]
             if not members:
                 raise UserError(_empty_bin(bins, b, split))
+            summed = sum(len(range(tokens)[_every(stride, i)]) for i in members)
             for i, chosen in zip(members, _sample(len(members), tokens, wanted, f"{seed}/{split}/{b}")):
                 rows[i] = chosen
-                weight[i] = 1.0 / (count * len(members) * tokens)
-    return SitePlan(count, bin_of, skip, rows, weight)
+                weight[i] = 1.0 / (count * summed)
+    return SitePlan(count, bin_of, skip, rows, weight, stride)
+
+
+def _every(stride: int, call: int) -> slice:
+    """The tokens of a call that go into the sums: calls take turns, so that every place in the video is seen."""
+    return slice(call % stride, None, stride)
 
 
 def _sample(calls: int, tokens: int, wanted: int, seed: str) -> list[np.ndarray]:
@@ -112,15 +122,14 @@ class SiteStatistics:
             calibration = call.split == "calibration"
             if calibration and self.shift is None:
                 self.shift = tokens.mean(0, dtype=torch.float32)
-            for slab in tokens.split(SLAB):
-                slab = slab.float()
-                largest = slab.abs().amax(0)
-                if not torch.isfinite(largest).all():
-                    where = f"{self.where} (prompt {call.prompt}, t = {call.t:g})"
-                    raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
-                if calibration:
-                    torch.maximum(self.absmax[b], largest, out=self.absmax[b])
-                    self._accumulate(slab, b, self.plan.weight[i], x.dtype)
+            largest = torch.stack([slab.abs().amax(0) for slab in tokens.split(SLAB)]).amax(0).float()
+            if not torch.isfinite(largest).all():
+                where = f"{self.where} (prompt {call.prompt}, t = {call.t:g})"
+                raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
+            if calibration:
+                torch.maximum(self.absmax[b], largest, out=self.absmax[b])
+                for slab in tokens[_every(self.plan.stride, i)].split(SLAB):
+                    self._accumulate(slab.float(), b, self.plan.weight[i], x.dtype)
 
     def _accumulate(self, slab: torch.Tensor, b: int, weight: float, dtype: torch.dtype) -> None:
         self.total[b] += slab.sum(0)

@@ -231,6 +231,18 @@ def search_rows(run: Run, expert: ExpertRun, site: SiteShape) -> int:
     return sum(min(wanted, expert.calls("calibration", b) * site.tokens) for b in range(len(expert.steps)))
 
 
+def runs(run: Run, expert: ExpertRun) -> int:
+    """Runs of blocks that capture cuts an expert into."""
+    return ceil(expert.blocks / run.knob("capture").blocks_per_share)
+
+
+def summed_tokens(run: Run, expert: ExpertRun, site: SiteShape) -> float:
+    """Calibration tokens of a site that go into its second moments."""
+    if not site.per_bin:
+        return expert.prompts["calibration"] * expert.branches * site.tokens
+    return expert.calls("calibration") * site.tokens / run.knob("capture").moment_stride
+
+
 def chunks(run: Run, expert: ExpertRun) -> int:
-    """Files of hidden states that one block leaves for the next."""
+    """Files of hidden states that one run of blocks leaves for the next."""
     return ceil(expert.all_calls / run.knob("capture").calls_per_chunk)

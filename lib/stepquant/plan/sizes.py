@@ -12,7 +12,7 @@ import torch
 
 from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.formats import get_format
-from stepquant.plan.run import ExpertRun, Run, SiteShape, chunks, rows_kept
+from stepquant.plan.run import ExpertRun, Run, SiteShape, chunks, rows_kept, runs
 
 # Bytes of one zarr.json of an array and of a group, as zarr 3.1.6 writes them for ours.
 ARRAY_METADATA, GROUP_METADATA = 540, 290
@@ -68,14 +68,21 @@ def activations(run: Run, expert: ExpertRun) -> Size:
 
 
 def hidden_states(run: Run, expert: ExpertRun) -> Size:
-    """Scratch of capture: what a block's calls leave for the next one, of two blocks while one runs."""
-    return Size(2 * expert.all_calls * run.tokens * expert.width * run.itemsize, 2 * chunks(run, expert))
+    """Scratch of capture: what a run of blocks leaves for the next one, of two runs while one works; the last one leaves nothing."""
+    kept = min(2, runs(run, expert) - 1)
+    return Size(kept * expert.all_calls * hidden_state(run, expert), kept * chunks(run, expert))
+
+
+def hidden_state(run: Run, expert: ExpertRun) -> int:
+    """Bytes that one call takes from block to block."""
+    return run.tokens * expert.width * run.itemsize
 
 
 def share_sums(run: Run, expert: ExpertRun) -> Size:
-    """Scratch of capture: the sums of every share with calibration calls, of two blocks while one runs; these prompts come first."""
-    shares = ceil(expert.calls("calibration") / run.knob("capture").calls_per_share)
-    return Size(2 * shares * sum(4 * site.K**2 for site in expert.sites), 2 * shares * len(expert.sites))
+    """Scratch of capture: the sums of every share with calibration calls, of two runs of blocks while one works; these prompts come first."""
+    blocks = min(expert.blocks, 2 * run.knob("capture").blocks_per_share)
+    files = blocks * ceil(expert.calls("calibration") / run.knob("capture").calls_per_share)
+    return Size(files * sum(4 * site.K**2 for site in expert.sites), files * len(expert.sites))
 
 
 def lowrank(run: Run, expert: ExpertRun) -> Size:

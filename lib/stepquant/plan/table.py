@@ -6,7 +6,7 @@ from rich.table import Table
 
 from stepquant.plan import sizes
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine
-from stepquant.plan.run import ASSUMED_PROMPTS, Run
+from stepquant.plan.run import ASSUMED_PROMPTS, Run, summed_tokens
 from stepquant.plan.work import stage_costs
 
 SAMPLING = ("trajectories", "generate")
@@ -17,7 +17,7 @@ SAMPLE_ELSEWHERE = "sample on a larger machine and fetch the out with DVC; sampl
 SMALLER = {
     "trajectories": SAMPLE_ELSEWHERE,
     "generate": SAMPLE_ELSEWHERE,
-    "capture": "lower capture.calls_per_chunk, then sampling.num_frames, .height or .width",
+    "capture": "lower capture.calls_per_chunk (device) or .calls_per_share (host), then sampling.num_frames, .height or .width",
     "lowrank": "lower capture.search_tokens",
     "gptq": "no parameter helps: second moments of the widest site have to fit",
     "clip": "lower capture.search_tokens",
@@ -63,9 +63,9 @@ def calibration_warnings(run: Run) -> Iterator[str]:
             if steps == 0:
                 yield f"bins.{expert.name}: no sampling step has t in bin {b}; name fewer or wider bins, or raise sampling.steps"
         for site in expert.sites:
-            calls = expert.calls("calibration") if site.per_bin else expert.prompts["calibration"] * expert.branches
-            if calls * site.tokens < FEW_TOKENS * site.K:
-                found = f"{calls * site.tokens / site.K:.1f} calibration tokens per column, fewer than {FEW_TOKENS}"
+            tokens = summed_tokens(run, expert, site)
+            if tokens < FEW_TOKENS * site.K:
+                found = f"{tokens / site.K:.1f} calibration tokens per column, fewer than {FEW_TOKENS}"
                 yield f"{expert.name} {site.name}: {found}; raise trajectories.calibration_prompts"
 
 

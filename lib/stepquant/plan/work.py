@@ -1,7 +1,8 @@
 """What each stage computes, moves and holds: floating-point operations and bytes from shapes, seconds for a machine.
 
 Counted are matrix products, factorizations, GPTQ's column loop, and what goes to and from the scratch disk; the rest is small
-beside them. Units are independent (blocks; in capture shares of the calls), so they are taken to spread evenly over the devices.
+beside them. Units are independent (blocks; in capture shares of the calls), so they are taken to spread evenly over the devices, as far
+as there are as many.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +12,8 @@ from math import ceil
 from stepquant.calibration.statistics import PANEL, SLAB
 from stepquant.plan import sizes
 from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
-from stepquant.plan.run import ExpertRun, Run, SiteShape, search_rows
+from stepquant.plan.run import ExpertRun, Run, SiteShape, runs, search_rows, summed_tokens
+from stepquant.quantize.gptq import PANEL as TRIANGLE
 from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 
 # Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
@@ -66,17 +68,22 @@ def sampling(run: Run, machine: Machine, stage: str, prompts: int, experts: list
 
 def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     """Every block's forward over all calls, second moments of the calibration calls, hidden states and sums by way of the disk."""
-    forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
-    moments = expert.blocks * sum(moment_flops(expert, site) for site in expert.sites)
+    settings, blocks, hidden = run.knob("capture"), expert.blocks, sizes.hidden_state(run, expert)
+    forward = expert.all_calls * blocks * forward_flops(run, expert)
+    moments = blocks * sum(moment_flops(run, expert, site) for site in expert.sites)
     scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.share_sums(run, expert).bytes, sizes.activations(run, expert).bytes
-    moved = expert.blocks * scratch / 2  # written and read; whoever makes a share hashes it, while the disk is there once
-    disk = (2 * moved + kept) / machine.disk + moved / machine.hash / machine.devices + kept / machine.hash
+    sums = ceil(expert.calls("calibration") / settings.calls_per_share) * sum(4 * site.K**2 for site in expert.sites)
+    moved = (runs(run, expert) - 1) * expert.all_calls * hidden + blocks * sums
+    shares = ceil(expert.all_calls / settings.calls_per_share)
+    workers = min(machine.devices, shares)
+    disk = (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash  # whoever makes a share hashes it
     statistics = sum(4 * site.K**2 for site in expert.sites)
-    block = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
+    block = expert.weights / blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
-    device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, run.knob("capture").calls_per_chunk)
-    seconds = (forward / machine.bf16 + moments / machine.moments) / machine.devices + disk
-    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch)
+    device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, settings.calls_per_chunk)
+    seconds = (forward / machine.bf16 + moments / machine.moments) / workers + disk
+    held = workers * min(settings.calls_per_share, expert.all_calls) * hidden
+    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch, host=held)
 
 
 def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -97,15 +104,16 @@ def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
 
 
 def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
-    """A factorization per site; a pass over the columns and a weighted truncated SVD for each refit."""
+    """A factorization per site, and what aims its weight at noise; a pass over the columns and a weighted fit for each refit."""
     rank, settings = run.knob("lowrank", expert.name).rank, run.knob("gptq", expert.name)
     refits = settings.refits if rank else 0
     passes = max(1, refits)
 
     def seconds(site: SiteShape) -> float:
-        factor = 2 / 3 * site.K**3  # Cholesky, and the inverse of its triangle
-        refit = sketch_flops(rank, site.weights + site.K**2 / 2)  # the weight, and a triangle that is solved against
-        flops = factor + passes * site.weights * site.K + refits * refit
+        flops = 2 / 3 * site.K**3 + passes * site.weights * site.K  # Cholesky, and the inverse of its triangle
+        flops += refits * fit_flops(rank, site, iterations=1)
+        if settings.noise:  # two products with a triangle, in panels; the first branch
+            flops += 2 * site.weights * (site.K + TRIANGLE) + fit_flops(rank, site, iterations=POWER_ITERATIONS)
         columns = site.K * (machine.column_seconds + machine.column_per_row * site.N)
         return flops / machine.fp32 + passes * (columns + site.weights * machine.per_weight)
 
@@ -148,16 +156,22 @@ def forward_bytes(run: Run, expert: ExpertRun, calls: int) -> float:
     return calls * run.tokens * each
 
 
-def moment_flops(expert: ExpertRun, site: SiteShape) -> float:
-    """Second moments of one site of one block, all calibration calls; only the panels on and right of the diagonal."""
-    calls = expert.calls("calibration") if site.per_bin else expert.prompts["calibration"] * expert.branches
+def moment_flops(run: Run, expert: ExpertRun, site: SiteShape) -> float:
+    """Second moments of one site of one block; only the panels on and right of the diagonal."""
     panels = ceil(site.K / PANEL)
-    return calls * 2 * site.K**2 * site.tokens * (panels + 1) / (2 * panels)
+    return summed_tokens(run, expert, site) * 2 * site.K**2 * (panels + 1) / (2 * panels)
 
 
 def sketch_flops(rank: int, weights: float) -> float:
     """A truncated SVD by sketching: products of a matrix of so many weights with thin ones."""
     return 0.0 if rank == 0 else (2 + 2 * POWER_ITERATIONS) * 2 * weights * (rank + OVERSAMPLING)
+
+
+def fit_flops(rank: int, site: SiteShape, iterations: int) -> float:
+    """A branch in the norm of K x K moments: each iteration is two thin products with the weight and one with the moments."""
+    if rank == 0:
+        return 0.0
+    return 2 * (rank + OVERSAMPLING) * ((2 * iterations + 2) * site.weights + (iterations + 2) * site.K**2)
 
 
 def _worst(run: Run, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:
@@ -175,8 +189,10 @@ def _factors(run: Run, expert: ExpertRun, machine: Machine, stage: str, seconds:
     return _cost(f"{stage}@{expert.name}", seconds / machine.devices + read, device, machine, out)
 
 
-def _cost(stage: str, seconds: float, working: float, machine: Machine, out: float, scratch: float = 0.0) -> Cost:
-    """working: what the arithmetic holds, on the host where there is no device of its own."""
+def _cost(
+    stage: str, seconds: float, working: float, machine: Machine, out: float, scratch: float = 0.0, host: float = 0.0
+) -> Cost:
+    """working: what the arithmetic holds, on the host where there is no device of its own. host: what stays there in any case."""
     if machine.device_bytes is None:
-        return Cost(stage, seconds, PROCESS_BYTES + working, 0, out, scratch)
-    return Cost(stage, seconds, PROCESS_BYTES + STAGING_BYTES, CONTEXT_BYTES + working, out, scratch)
+        return Cost(stage, seconds, PROCESS_BYTES + working + host, 0, out, scratch)
+    return Cost(stage, seconds, PROCESS_BYTES + STAGING_BYTES + host, CONTEXT_BYTES + working, out, scratch)

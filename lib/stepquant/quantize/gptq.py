@@ -22,6 +22,7 @@ from stepquant.formats import Format, Scales, check_finite
 RETRIES = 6
 INNER = 16  # columns of a block that are brought up to date one by one
 SMALL_TRIANGLE = 256  # up to which a triangle is inverted at once
+PANEL = 1024  # columns of a product with a triangle
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,21 @@ class InverseFactor:
     retries: int
     dead: int
 
+    def divide(self, X: Tensor) -> Tensor:
+        """X @ H^-1 for X float32 [M, K]: columns in stored order, H damped as it was factored."""
+        X, half, quotient = X[:, self.order], torch.empty_like(X), torch.empty_like(X)
+        panels = [slice(start, start + PANEL) for start in range(0, len(self.U), PANEL)]
+        for panel in panels:  # half = X U^T and half U, without the zeros below the diagonal
+            half[:, panel] = X[:, panel.start :] @ self.U[panel, panel.start :].T
+        for panel in panels:
+            quotient[:, self.order[panel]] = half[:, : panel.stop] @ self.U[: panel.stop, panel]
+        return quotient
 
-def inverse_factor(H: Tensor, *, damping: float, act_order: bool) -> InverseFactor:
+
+def inverse_factor(H: Tensor, *, damping: float, act_order: bool, noise: Tensor | None = None) -> InverseFactor:
     """U of H [K, K] = X^T X, for any number of calls of `gptq`.
+
+    noise [K]: a variance to add to the diagonal first (refine.py).
 
     damping is added to the diagonal of H, relative to its mean over live channels, and multiplied by 10 (at most 6 times)
     while the Cholesky factorization fails. A dead channel (H_ii = 0) is rounded to nearest: calibration says nothing about it.
@@ -48,7 +61,7 @@ def inverse_factor(H: Tensor, *, damping: float, act_order: bool) -> InverseFact
     Raises UserError if H is not finite, or if no damping makes it positive definite.
     """
     check_finite(H, "GPTQ second moments")
-    diagonal, dead = _revived_diagonal(H.diagonal().float())
+    diagonal, dead = _revived_diagonal(H.diagonal().float() + (0 if noise is None else noise))
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
     ordered = H.float()[order[:, None], order]  # a copy, which is worked on in place from here: at 13,824 columns it is 0.76 GB
     ordered.diagonal().copy_(diagonal[order])

@@ -14,6 +14,7 @@ N rows (all linears of a site stacked), K input channels, rank r, T tokens:
 The bias itself is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,16 @@ def round_input(z: Tensor, precision: Precision, clip: float | Tensor, exponent_
     if precision.activation is None:
         return z
     return precision.activation.fake_quantize(z, clip=clip, exponent_offset=exponent_offset, rounding=precision.activation_rounding)
+
+
+def rounding_noise(samples: Sequence[Tensor], transform: InputTransform, precision: Precision) -> Tensor:
+    """Variance of what rounding adds to each channel of the transformed input, unclipped, float32 [K]; each sample [T, K] counts the same."""
+
+    def variance(x: Tensor) -> Tensor:
+        z = transform.apply(x)
+        return (round_input(z, precision, 1.0, 0) - z).square_().mean(0)
+
+    return torch.stack([variance(x) for x in samples]).mean(0)
 
 
 def exact_path(x: Tensor, factors: LayerFactors) -> Tensor:

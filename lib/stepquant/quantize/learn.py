@@ -7,7 +7,8 @@ group's largest magnitude puts noise on the output whose variance is in proporti
     E z_g^2 ||R_g||^2            from the weights, whose largest magnitude goes with their norm
 
 Both depend on s alone: z is x / s, rotated, and R is (W - branch) * s, rotated. The norms of R come from the Gram matrix of the
-columns of each rotation block, so that a step costs no pass over the weight.
+columns of each rotation block, so that a step costs no pass over the weight. An 8-norm stands for the maximum, which has a gradient
+for one channel alone.
 """
 
 from dataclasses import replace
@@ -23,7 +24,6 @@ from stepquant.quantize.transform import InputTransform
 
 TOKENS = 256  # more change nothing; drawn once
 LEARNING_RATE = 0.05  # of log s
-SHARPNESS = 8  # of the p-norm that stands for the largest magnitude: a maximum has a gradient for one channel alone
 
 
 def learn_transform(
@@ -42,7 +42,7 @@ def learn_transform(
     transform = replace(found.transform, smooth=smooth)
     branch, reference = stored_branch(*low_rank_factors(W * smooth.float(), rank, seed=seed), smooth), judge @ W.T
     before = search_score(W, judge, reference, found.transform, (found.proj_down, found.proj_up), precision)
-    if search_score(W, judge, reference, transform, branch, precision) >= before:
+    if not search_score(W, judge, reference, transform, branch, precision) < before:
         return found
     return replace(found, transform=transform, proj_down=branch[0], proj_up=branch[1], learned=True)
 
@@ -64,7 +64,7 @@ def learn_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group: i
         for _ in range(steps):
             s = (start + move).exp()
             z = rotate(tokens / s, transform.rotation).unflatten(-1, (-1, group))
-            largest = z.abs().pow(SHARPNESS).sum(-1).pow(2 / SHARPNESS).mean(0)
+            largest = _largest_squared(z).mean(0)
             blocks = s.unflatten(0, (-1, block))
             norms = ((turn @ (blocks[:, :, None] * gram * blocks[:, None])) * turn).sum(-1).flatten().unflatten(0, (-1, group)).sum(-1)
             loss = (norms * (largest + z.square().mean((0, 2)))).sum().log()
@@ -72,3 +72,10 @@ def learn_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group: i
             loss.backward()
             optimizer.step()
     return (start + move.detach()).exp().to(torch.bfloat16)
+
+
+def _largest_squared(z: Tensor) -> Tensor:
+    """The squared 8-norm of each group [..., G]; in units of its largest magnitude, so that nothing overflows and silence has a gradient."""
+    unit = z.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+    power = (z / unit).square().square().square().sum(-1).clamp(min=1)
+    return power.sqrt().sqrt() * unit.squeeze(-1).square()

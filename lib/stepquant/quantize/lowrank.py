@@ -7,6 +7,8 @@ The engines feed the branch with the raw x, while the decomposition lives in the
 stored, rounded factors: rounding them to bfloat16 then costs nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from stepquant.errors import UserError
 
 OVERSAMPLING = 10
 POWER_ITERATIONS = 4
+TINY = torch.finfo(torch.float32).tiny
 
 
 def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -28,17 +31,30 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     return _balanced(*_truncated_svd(W.float(), rank, seed))
 
 
-def weighted_low_rank_factors(W: Tensor, U: Tensor, rank: int, *, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest, for H^-1 = U^T U.
+def weighted_low_rank_factors(
+    W: Tensor, times_moments: Callable[[Tensor], Tensor], rank: int, *, seed: int, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest: with H the second moments of x this
+    is the error of x @ L.T on those tokens, not that of the weight (QERA, arXiv 2410.06040).
 
-    U float32 [K, K], upper triangular, as GPTQ factors the (damped) second moments of x: this is the error of x @ L.T on those
-    tokens, not that of the weight. With the root C = U^-1 of H = C C^T it is the plain problem for W C (QERA, arXiv 2410.06040).
-    start [N, r]: `up` of an approximation that is close already, which spares most of the power iterations. Shapes and errors as in
-    `low_rank_factors`.
+    times_moments: H @ thin for a thin [K, n], which is all that is asked of the symmetric H. For any `up` with orthonormal columns
+    the best `down` is up.T @ W, whatever H, and the best `up` are the leading eigenvectors of W H W.T: a randomized eigenvalue
+    problem, without a root of H or its inverse. start [N, r]: `up` of an approximation that is close already, which spares most of
+    the power iterations. Shapes and errors as in `low_rank_factors`.
     """
     _check_rank(W, rank)
-    down, up = _balanced(*_truncated_svd(W.float(), rank, seed, U, start))
-    return down @ U, up
+    W, known = W.float(), 0 if start is None else start.shape[1]
+    width = rank + OVERSAMPLING if _is_worth_sketching(W, rank) else min(W.shape)
+    sketch = W @ times_moments(_random(W.shape[1], max(width - known, 0), seed).to(W))
+    Q = torch.linalg.qr(sketch if start is None else torch.cat([start.float(), sketch], dim=1)).Q
+    for _ in range(POWER_ITERATIONS if start is None else 1):
+        Q = torch.linalg.qr(W @ times_moments(W.T @ Q)).Q
+    projected = Q.T @ W
+    vectors = torch.linalg.eigh(projected @ times_moments(projected.T)).eigenvectors
+    leading = vectors[:, len(vectors) - rank :].flip(1)
+    up, down = Q @ leading, leading.T @ projected
+    root = torch.linalg.vector_norm(down, dim=1).sqrt()
+    return down / root.clamp(min=TINY)[:, None], up * root
 
 
 def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,31 +78,24 @@ def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh, U * root
 
 
-def _truncated_svd(
-    W: Tensor, rank: int, seed: int, U: Tensor | None = None, start: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomized SVD of W, or of W U^-1, with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
-
-    A full SVD of a 5120 x 5120 matrix takes minutes on a CPU core, this takes seconds; and W U^-1 is only ever applied to thin
-    matrices, never formed. Where the sketch would hold a good part of the matrix nothing is saved, and the SVD is exact.
-    """
-    if 8 * (rank + OVERSAMPLING) >= min(W.shape):
-        dense = W if U is None else torch.linalg.solve_triangular(U, W, upper=True, left=False)
-        left, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+def _truncated_svd(W: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomized SVD with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1): a full one of a 5120 x 5120 matrix
+    takes minutes on a CPU core, this takes seconds."""
+    if not _is_worth_sketching(W, rank):
+        left, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return left[:, :rank], S[:rank], Vh[:rank]
-
-    def apply(thin: Tensor) -> Tensor:
-        return W @ (thin if U is None else torch.linalg.solve_triangular(U, thin, upper=True))
-
-    def apply_transposed(thin: Tensor) -> Tensor:
-        return W.T @ thin if U is None else torch.linalg.solve_triangular(U.T, W.T @ thin, upper=False)
-
-    # Drawn on the CPU, so that a GPU sees the same sketch.
-    generator = torch.Generator().manual_seed(seed)
-    known = 0 if start is None else start.shape[1]
-    sketch = apply(torch.randn(W.shape[1], rank + OVERSAMPLING - known, generator=generator).to(W))
-    Q = torch.linalg.qr(sketch if start is None else torch.cat([start.float(), sketch], dim=1)).Q
-    for _ in range(POWER_ITERATIONS if start is None else 1):
-        Q = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(Q)).Q)).Q
-    left, S, Vh = torch.linalg.svd(apply_transposed(Q).T, full_matrices=False)
+    Q = torch.linalg.qr(W @ _random(W.shape[1], rank + OVERSAMPLING, seed).to(W)).Q
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+    left, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
     return Q @ left[:, :rank], S[:rank], Vh[:rank]
+
+
+def _is_worth_sketching(W: Tensor, rank: int) -> bool:
+    """Where the sketch would hold a good part of the matrix nothing is saved."""
+    return 8 * (rank + OVERSAMPLING) < min(W.shape)
+
+
+def _random(rows: int, columns: int, seed: int) -> Tensor:
+    """Drawn on the CPU, so that a GPU sees the same sketch."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -1,56 +1,107 @@
-"""Branch and codes in turn: GPTQ rounds what the branch left, the branch is refitted to what rounding lost.
+"""Branch and codes in turn, for inputs that are rounded too.
 
-    R   = transform(W - branch)             scales, Q = GPTQ(R)
-    L   = argmin ||z @ (W*s - Q - L).T||    over matrices of the rank, for the transformed inputs z
+Let z be the transformed input, W the transformed weight, H = E z z^T, and let rounding make z + n of z. If n is taken as
+uncorrelated, of variance D per channel, then with a branch L and what the codes stand for, Q, the squared error of the output is
 
-SVDQuant's reference code alternates with rounding to nearest and the plain norm; here both halves minimise the output error.
+    tr((W - L - Q) H (W - L - Q)^T) + tr(Q D Q^T)
+
+and three parts of its minimum are known:
+
+    Q for a given L              GPTQ of (W - L) H (H + D)^-1 in the norm H + D: where z hardly goes, a smaller weight picks up less noise
+    L for a given Q              the best approximation of W - Q of its rank in the norm H
+    L before there is a Q        that of W in the norm H - H (H + D)^-1 H = D - D (H + D)^-1 D, what the best real-valued Q leaves
+
+Without noise this is GPTQ and a branch refitted to what it lost. SVDQuant's reference code alternates with rounding to nearest
+and the plain norm. What the noise is worth: docs/recipe.md.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from stepquant.formats import Scales
-from stepquant.quantize.gptq import InverseFactor, gptq
+from stepquant.quantize.gptq import InverseFactor, gptq, inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision
 from stepquant.quantize.lowrank import stored_branch, weighted_low_rank_factors
 from stepquant.quantize.rotate import rotate
 from stepquant.quantize.transform import InputTransform
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A weight to be rounded, and for which inputs.
+
+    W float32 [N, K] as in the model; transformed [N, K]; target [N, K]: (transformed) H (H + D)^-1; moments [K, K]: H of the
+    transformed input; noise [K]: D, None without; factor: of H + D.
+    """
+
+    W: Tensor
+    transform: InputTransform
+    transformed: Tensor
+    target: Tensor
+    moments: Tensor
+    noise: Tensor | None
+    factor: InverseFactor
+
+
+def pose(W: Tensor, transform: InputTransform, moments: Tensor, noise: Tensor | None, *, damping: float, act_order: bool) -> Problem:
+    """The problem of W [N, K] under second moments [K, K] and noise [K] of the transformed input. Raises UserError as `inverse_factor`."""
+    factor = inverse_factor(moments, damping=damping, act_order=act_order, noise=noise)
+    transformed = transform.weight(W)
+    return Problem(W, transform, transformed, _aimed(transformed, noise, factor), moments, noise, factor)
+
+
+def _aimed(X: Tensor, noise: Tensor | None, factor: InverseFactor) -> Tensor:
+    """X H (H + D)^-1 = X - X D (H + D)^-1, for X [M, K]."""
+    return X if noise is None else X - factor.divide(X * noise)
+
+
+def first_branch(problem: Problem, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The branch, as stored, that leaves least to be lost to the noise. Raises UserError as `weighted_low_rank_factors`."""
+    D = problem.noise
+
+    def times_lost(thin: Tensor) -> Tensor:
+        noisy = D[:, None] * thin
+        return noisy - D[:, None] * problem.factor.divide(noisy.T).T
+
+    return _stored(problem, *weighted_low_rank_factors(problem.transformed, times_lost, rank, seed=seed))
+
+
 def rounded_by_gptq(
-    W: Tensor,
-    transform: InputTransform,
+    problem: Problem,
     proj_down: Tensor,
     proj_up: Tensor,
-    factor: InverseFactor,
     precision: Precision,
     choose_scales: Callable[[Tensor], Scales],
     *,
     block_size: int = 128,
 ) -> LayerFactors:
-    """The layer W [N, K] whose residual under a given branch (bfloat16, as stored) is rounded by GPTQ.
+    """The layer with what a given branch (bfloat16, as stored) leaves of the weight rounded by GPTQ.
 
-    factor: of the second moments of the transformed input. choose_scales: from the residual [N, K]. Raises UserError as `gptq`.
+    choose_scales: from what is to be rounded [N, K]. Raises UserError as `gptq`.
     """
-    rest = transform.residual(W, proj_down, proj_up)
+    W, transform, factor = problem.W, problem.transform, problem.factor
+    down = _aimed(transform.weight(proj_down.T), problem.noise, factor)
+    rest = problem.target.addmm(proj_up.float(), down, alpha=-1)
     scales = choose_scales(rest)
     codes = gptq(rest, factor, scales, precision.weight, block_size=block_size)
     return LayerFactors(codes, scales, transform, proj_down, proj_up, transform.offset(W, proj_down, proj_up), precision)
 
 
-def refit_branch(W: Tensor, factors: LayerFactors, factor: InverseFactor, *, seed: int) -> LayerFactors:
-    """The same codes with the branch that is best for them, in the norm of the second moments that `factor` is of.
+def refit_branch(problem: Problem, layer: LayerFactors, *, seed: int) -> LayerFactors:
+    """The same codes with the branch that is best for them.
 
     The codes stay as they are: they are still those of the old residual. Raises UserError as `weighted_low_rank_factors`.
     """
-    transform = factors.transform
-    lost = rotate(W.float() * transform.smooth.float(), transform.rotation)
-    lost -= factors.precision.weight.decode(factors.codes, factors.scales)
-    rank = factors.proj_down.shape[1]
-    down, up = weighted_low_rank_factors(lost[:, factor.order], factor.U, rank, seed=seed, start=factors.proj_up)
-    # Back from the order that GPTQ visits columns in, and from the rotated space (a rotation is its own inverse).
-    down = rotate(down[:, factor.order.argsort()], transform.rotation)
-    proj_down, proj_up = stored_branch(down, up, transform.smooth)
-    return replace(factors, proj_down=proj_down, proj_up=proj_up, offset=transform.offset(W, proj_down, proj_up))
+    lost = problem.transformed - layer.precision.weight.decode(layer.codes, layer.scales)
+    rank = layer.proj_down.shape[1]
+    factors = weighted_low_rank_factors(lost, problem.moments.matmul, rank, seed=seed, start=layer.proj_up)
+    proj_down, proj_up = _stored(problem, *factors)
+    offset = problem.transform.offset(problem.W, proj_down, proj_up)
+    return replace(layer, proj_down=proj_down, proj_up=proj_up, offset=offset)
+
+
+def _stored(problem: Problem, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A branch of the transformed weight as it is stored; a rotation is its own inverse."""
+    return stored_branch(rotate(down, problem.transform.rotation), up, problem.transform.smooth)

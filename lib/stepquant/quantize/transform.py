@@ -44,6 +44,10 @@ class InputTransform:
         H /= s
         return rotate(rotate(H, self.rotation).T, self.rotation)
 
+    def weight(self, W: Tensor) -> Tensor:
+        """What the transform makes of a weight [N, K], float32."""
+        return rotate(W.float() * self.smooth.float(), self.rotation)
+
     def residual(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
         """What is left of W [N, K] for the 4-bit codes, float32 [N, K]; the branch as stored (lowrank.py)."""
         return rotate(residual(W, self.smooth, proj_down, proj_up), self.rotation)
