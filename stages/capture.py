@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from stages import artifacts
 from stages.common import Expert, ParamsFile, Stage, open_stage, read_json, to_json
 from stages.expert import check_expert, open_expert
+from stepquant.calibration import remote
 from stepquant.calibration.activations import block_name
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.capture import replay_block
@@ -44,14 +45,14 @@ from stepquant.models.sites import WAN_SITES
 from stepquant.models.source import expert_digest
 from stepquant.params import Capture, Compute
 
-READS = ("compute", "bins", "capture")
+READS = ("compute", "bins", "capture", "storage")
 
 
 @command
 def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """Replay one expert's recorded calls block by block and keep what each site sees, per timestep bin.
 
-    Reads the params sections compute, bins (this expert's) and capture, artifacts/model and artifacts/trajectories.zarr.
+    Reads the params sections compute, bins (this expert's), capture and storage, artifacts/model and artifacts/trajectories.zarr.
     Writes artifacts/activations/EXPERT.zarr.
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
@@ -92,12 +93,12 @@ class Replay:
 
     def statistics(self, n: int) -> dict[int, Unit]:
         """The finished units of the statistics of the n-th run's blocks; the run before it is made only if it has to be."""
-        keys = {i: self.stage.key(("compute", "capture"), block=i, **self.inputs) for i in self.runs[n]}
+        keys = {i: self.stage.key(("compute", "capture", "storage"), block=i, **self.inputs) for i in self.runs[n]}
         found = {i: self.stage.units.find(key) for i, key in keys.items()}
         if None in found.values():
             shares = self._shares(n)
             for i, key in keys.items():
-                found[i] = self.stage.units.make(key, partial(add_up, shares, block_name(i)))
+                found[i] = self.stage.units.make(key, partial(add_up, shares, block_name(i), self.stage["storage"].url))
         else:
             self.progress.skip(len(self.shares))
         for done in (n - 1, n) if n == len(self.runs) - 1 else (n - 1,):
@@ -204,10 +205,13 @@ def hidden_states(positions: range) -> str:
     return f"hidden_states.{positions.start:06d}.safetensors"
 
 
-def add_up(shares: list[Unit], block: str, folder: Path) -> None:
-    """A block's statistics, one Zarr group per site, from its shares; one share's sums of one site in memory at a time."""
+def add_up(shares: list[Unit], block: str, url: str | None, folder: Path) -> None:
+    """A block's statistics, one Zarr group per site, from its shares; one share's sums of one site in memory at a time. url: where to
+    put them, if not on disk."""
     for site in WAN_SITES:
         write_statistics(folder / site.name, (load_file(share.folder / block / f"{site.name}.safetensors") for share in shares))
+    if url is not None:
+        remote.move(folder, url)
 
 
 def expert_bins(bins: Any, manifest: dict[str, Any], expert: str) -> Bins:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from stages import artifacts
-from stages.common import ParamsFile, open_stage, read_json
+from stages.common import ParamsFile, Stage, open_stage, read_json
 from stages.pipeline import source_pipeline
+from stepquant.calibration import remote
 from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.prompts import Prompt, read_manifest, take
 from stepquant.calibration.trajectories import recorded, write_trajectory
@@ -15,7 +16,7 @@ from stepquant.compute.progress import track
 from stepquant.compute.units import gather
 from stepquant.models.sampling import sample
 
-READS = ("compute", "sampling", "trajectories")
+READS = ("compute", "sampling", "trajectories", "storage")
 SPLITS = ("calibration", "heldout")
 
 
@@ -23,7 +24,7 @@ SPLITS = ("calibration", "heldout")
 def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
     """Sample the calibration prompts and record every call of a denoiser; the only stage that samples the source model.
 
-    Reads the params sections compute, sampling and trajectories. Writes artifacts/trajectories.zarr.
+    Reads the params sections compute, sampling, trajectories and storage. Writes artifacts/trajectories.zarr.
     """
     with open_stage(__file__, READS, params) as stage:
         manifest = read_json(artifacts.MODEL)
@@ -34,18 +35,20 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))  # not loaded when every unit is there
         units = {}
         for prompt in track(prompts, "trajectories"):
-            key = stage.key(("compute", "sampling"), model=manifest["files"], prompt=prompt.digest())
-            units[prompt.id] = stage.units.make(key, lambda folder: record(pipe(), stage["sampling"], prompt, folder))
+            key = stage.key(("compute", "sampling", "storage"), model=manifest["files"], prompt=prompt.digest())
+            units[prompt.id] = stage.units.make(key, lambda folder: record(pipe(), stage, prompt, folder))
         digests = {name: unit.digest for name, unit in units.items()}
         gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
 
 
-def record(pipe: Any, sampling: Any, prompt: Prompt, folder: Path) -> None:
-    """Sample one prompt and write its trajectory."""
+def record(pipe: Any, stage: Stage, prompt: Prompt, folder: Path) -> None:
+    """Sample one prompt and write its trajectory, into the object store if there is one."""
     experts = {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2} if pipe.transformer_2 else {"denoiser": pipe.transformer}
     with recorded(experts) as calls:
-        sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
+        sample(pipe, stage["sampling"], prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
     write_trajectory(folder, calls, pipe.transformer.config.out_channels, prompt.split, f"prompt {prompt.id}")
+    if stage["storage"].url is not None:
+        remote.move(folder, stage["storage"].url)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,12 @@ class Trajectories(Section):
     heldout_prompts: Positive | None
 
 
+class Storage(Section):
+    """url: folder of an object store for what only stages read, trajectories and activations; null keeps them in artifacts/."""
+
+    url: Annotated[str, Field(pattern=r"^(s3|gs|az)://[^/]+")] | None
+
+
 class Capture(Section):
     """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches and for held-out errors; of how
     many tokens one goes into second moments and means; calls that run through a block at once; calls and blocks of one unit of work."""
@@ -199,6 +205,7 @@ SECTIONS: dict[str, Any] = {
     "sampling": Sampling,
     "trajectories": Trajectories,
     "bins": Bins,
+    "storage": Storage,
     "capture": Capture,
     "format": Format,
     "smooth": Smooth,

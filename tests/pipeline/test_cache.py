@@ -41,6 +41,7 @@ PARAMS = {
     "compute.gpus_per_unit": (0.5, {"report"}),
     "sampling.steps": (5, ALL - {"model", "pack@rtn"}),
     "trajectories.heldout_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
+    "storage.url": ("s3://bucket/prefix", {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
     "bins.low_noise": ([900, 800, 700, 0], each("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
     "capture.calls_per_share": (4, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),

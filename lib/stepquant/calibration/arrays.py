@@ -4,7 +4,7 @@
     <group>/<array>/zarr.json     bfloat16 is kept as uint16 with the attribute {"view": "bfloat16"}
     <group>/<array>/c/...         one chunk, or one per index of the first axis for arrays of 3 and more axes
 
-Zarr reads a missing chunk as zeros without an error, so a group without its marker, or with fewer chunk files than its
+A group may lie in an object store, with a pointer in its place. Zarr reads a missing chunk as zeros without an error, so a group without its marker, or with fewer chunk files than its
 arrays need, is refused.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import zarr
 
+from stepquant.calibration import remote
 from stepquant.errors import UserError
 
 
@@ -43,9 +44,11 @@ def group_metadata(attributes: dict[str, Any]) -> str:
 
 
 def open_group(folder: Path) -> zarr.Group:
-    """A complete group. Raises UserError if it is missing or was not finished."""
+    """A complete group, on disk or where a pointer leads (remote.py). Raises UserError if it is missing or was not finished."""
+    store, path = remote.find(folder) or (folder, "")
     try:
-        group = zarr.open_group(folder, mode="r")
+        with remote.reported(folder):
+            group = zarr.open_group(store, path=path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{folder}: no such Zarr group; run the stage that writes it") from None
     except ValueError as error:
@@ -58,14 +61,15 @@ def open_group(folder: Path) -> zarr.Group:
 def read_tensor(group: zarr.Group, name: str, index: Any = ...) -> torch.Tensor:
     """An array of a group, or `array[index]`. Raises UserError if the array or one of its chunks is missing or broken."""
     where = f"{group.store_path}/{name}"
-    if name not in group:
-        raise UserError(f"{where}: no such array")
-    array = group[name]
-    expected = prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
-    if array.nchunks_initialized != expected:
-        raise UserError(f"{where}: {array.nchunks_initialized} of {expected} chunks are there; remove the folder and run its stage again")
-    try:
-        tensor = torch.from_numpy(array[index])
-    except ValueError as error:
-        raise UserError(f"{where}: a chunk is truncated ({error}); remove the folder and run its stage again") from None
+    with remote.reported(where):
+        if name not in group:
+            raise UserError(f"{where}: no such array")
+        array = group[name]
+        expected, found = prod(-(-n // c) for n, c in zip(array.shape, array.chunks)), array.nchunks_initialized
+        if found != expected:
+            raise UserError(f"{where}: {found} of {expected} chunks are there; remove the folder and run its stage again")
+        try:
+            tensor = torch.from_numpy(array[index])
+        except ValueError as error:
+            raise UserError(f"{where}: a chunk is truncated ({error}); remove the folder and run its stage again") from None
     return tensor.view(torch.bfloat16) if array.attrs.get("view") == "bfloat16" else tensor
