@@ -26,7 +26,7 @@ GALLERY_WIDTH = 240  # pixels; larger videos are reduced to it, smaller ones are
 
 VARIANTS = {
     "bf16": "The source model, the reference of everything else.",
-    "w4a16": "4-bit weights, activations left in BF16: what the weights alone cost.",
+    "w4a16": "The weights of full, which are aimed at rounded activations, with activations left in BF16.",
     "rtn": "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
     "svdquant": "Inputs centred, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
     "svdquant_gptq": "The same, with what the branch leaves rounded by GPTQ, and the branch refitted to what that lost.",
