@@ -26,9 +26,13 @@ class Checkout:
         return pipeline_environment(self.root) | {"DVC_SITE_CACHE_DIR": str(self.root.parent / "site")}
 
     def start_from(self, recipe: str) -> None:
-        """The params of this checkout (`default`), or a profile laid over them."""
+        """The params of this checkout (`default`), or a profile or KEY=VALUE,... laid over them."""
         shutil.copyfile(ROOT / "params.yaml", self.root / "params.yaml")
-        if recipe != "default":
+        if "=" in recipe:
+            for change in recipe.split(","):
+                key, value = change.split("=")
+                self.set(key, yaml.safe_load(value))
+        elif recipe != "default":
             command = [sys.executable, "-m", "stepquant.cli", "profile", recipe, "--force"]
             subprocess.run(command, cwd=self.root, env=self.environment, check=True)
 

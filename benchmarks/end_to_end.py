@@ -2,6 +2,8 @@
 
     python benchmarks/end_to_end.py                                                                  the ablation in every format
     python benchmarks/end_to_end.py --recipes default paper --variants full --prompts 24             against the paper's recipe
+    python benchmarks/end_to_end.py --recipes gptq.noise=0,gptq.damping=0.01 default gptq.noise=1 --skip 24 --prompts 16 --formats int4 \
+        --variants full                                    for choosing: on prompts that no reported number uses
 
 Sampling and capture run once, since they know neither. Weights and activations get the same format. Of several recipes each
 is compared with the first, video by video: the difference of PSNR in dB with its bootstrap interval.
@@ -20,22 +22,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.checkout import Checkout, temporary_checkout
 from stepquant.evaluate.records import Record, read_records
 from stepquant.evaluate.summary import Bootstrap, paired_difference
+from stepquant.params import section
 from stepquant.report.tables import brief_table, rich_table
 
 FORMATS = ("int4", "mxfp4", "nvfp4")
 VARIANTS = ("w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "full")
 
 
-def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prompts: int) -> list[Record]:
+def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prompts: int, skip: int) -> list[Record]:
     """The metrics of BF16 and of some variants of a recipe in one format."""
     checkout.start_from(recipe)
     checkout.set("format.weight", fmt)
     checkout.set("format.activation", fmt)
     checkout.set("generate.prompts", prompts)
+    if skip:
+        checkout.set("generate.manifest", without_first(checkout.root, section(checkout.root / "params.yaml", "generate").manifest, skip))
     metrics = checkout.root / "artifacts" / "metrics"
     shutil.rmtree(metrics, ignore_errors=True)  # of variants that this run does not make
     checkout.repro(*(f"evaluate@{variant}" for variant in ("bf16", *variants)))
     return read_records(metrics)
+
+
+def without_first(root: Path, manifest: str, skip: int) -> str:
+    """A manifest beside another one, which lacks its first rows."""
+    shorter = Path(manifest).with_name("skipped.jsonl")
+    (root / shorter).write_text("\n".join((root / manifest).read_text().splitlines()[skip:]) + "\n")
+    return str(shorter)
 
 
 def differences(records: list[Record], first: list[Record]) -> dict[str, dict[str, float]]:
@@ -54,10 +66,11 @@ def show(name: str, records: list[Record], first: tuple[str, list[Record]] | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipes", nargs="+", default=["default"], help="default, or a profile to lay over params.yaml, such as paper")
+    parser.add_argument("--recipes", nargs="+", default=["default"], help="default, a profile to lay over params.yaml, or KEY=VALUE,...")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=0, help="evaluation prompts to leave out at the start")
     parser.add_argument("--json", type=Path, help="where to keep all metrics")
     arguments = parser.parse_args()
     results: dict[str, list[Record]] = {}
@@ -66,7 +79,7 @@ def main() -> None:
             first = None
             for recipe in arguments.recipes:
                 name = f"{recipe} {fmt}"
-                results[name] = measure(checkout, recipe, fmt, arguments.variants, arguments.prompts)
+                results[name] = measure(checkout, recipe, fmt, arguments.variants, arguments.prompts, arguments.skip)
                 show(name, results[name], first)
                 first = first or (name, results[name])
                 if arguments.json:

@@ -24,7 +24,8 @@ class Server(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """What a client wants to know."""
         address = f"http://127.0.0.1:{self.server_address[1]}"
-        return {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "here"}
+        credentials = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "here"}
+        return {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true"} | credentials
 
 
 @contextmanager

@@ -4,8 +4,8 @@
     <group>/<array>/zarr.json     bfloat16 is kept as uint16 with the attribute {"view": "bfloat16"}
     <group>/<array>/c/...         one chunk, or one per index of the first axis for arrays of 3 and more axes
 
-A group may lie in an object store, with a pointer in its place. Zarr reads a missing chunk as zeros without an error, so a group without its marker, or with fewer chunk files than its
-arrays need, is refused.
+A group may lie in an object store, with a pointer in its place (remote.py). Zarr reads a missing chunk as zeros without an
+error, so a group without its marker, or with fewer chunk files than its arrays need, is refused.
 """
 
 import json
