@@ -74,7 +74,7 @@ def _params(file: Path) -> Iterator[Finding]:
     if not file.is_file():
         yield Finding(f"{file}: no such file; `stepquant profile demo` writes one")
         return
-    checks: tuple[Callable[[Path], str], ...] = (_checked, _device, _model)
+    checks: tuple[Callable[[Path], str], ...] = (_checked, _extras, _device, _model)
     for check in checks:
         try:
             yield Finding(check(file))
@@ -86,6 +86,19 @@ def _params(file: Path) -> Iterator[Finding]:
 def _checked(file: Path) -> str:
     knobs.check(file)
     return f"{file}: fine"
+
+
+def _extras(file: Path) -> str:
+    """What only some params need."""
+    wanted = {}
+    if knobs.section(file, "compute").executor == "ray":
+        wanted["ray"] = ("ray", "compute.executor: ray")
+    if knobs.section(file, "storage").url is not None:
+        wanted["obstore"] = ("s3", "storage.url")
+    for name, (extra, use) in wanted.items():
+        if _version(name) is None:
+            raise UserError(f"missing: {name}, which {use} needs; pip install 'stepquant[{extra}]'")
+    return f"extras: {', '.join(wanted) or 'none'} needed, none missing"
 
 
 def _device(file: Path) -> str:
