@@ -51,7 +51,7 @@ def test_a_truncated_unit_is_made_again(folder):
     before = folder.artifacts()
     shutil.rmtree(folder.root / ".units/capture@high_noise")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "add_up", lambda shares, block, out: in_place_of(*shortened(shares[0].folder)) or 1 / 0)
+        patch.setattr(capture, "add_up", lambda shares, *rest: in_place_of(*shortened(shares[0].folder)) or 1 / 0)
         assert isinstance(folder.run("capture", *HIGH).exception, ZeroDivisionError)
     folder.finish("capture", *HIGH)
     assert folder.artifacts() == before
