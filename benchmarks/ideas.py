@@ -7,7 +7,6 @@ Each is the default with one thing changed, on the pipeline's own stages where t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,12 +14,11 @@ from torch import Tensor
 from benchmarks.layers import Layer
 from benchmarks.recipes import SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
 from stages.blocks import precision_of, site_branch, site_layer
-from stages.gptq import choose_scales, site_problem, stored_factors
+from stages.gptq import choose_scales, rounded_in_turn, site_problem, stored_factors
 from stepquant.calibration.activations import Activations
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.layer import LayerFactors, layer_output, relative_error, round_input
-from stepquant.quantize.refine import refit_branch, rounded_by_gptq
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,7 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
 def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
     """Codes aimed at noisy inputs, but from the branch of stage lowrank on instead of the one that leaves least to the noise."""
     stage, block = factored(layer, fmt)
-    problem, settings, precision = site_problem(stage, block, SITE), stage["gptq"], precision_of(stage["format"])
-    branch = site_branch(block, SITE, "lowrank")
-    for _ in range(settings.refits):
-        found = rounded_by_gptq(problem, *branch, precision, partial(choose_scales, settings.scales, precision))
-        found = refit_branch(problem, found, seed=stage["lowrank"].seed)
-        branch = found.proj_down, found.proj_up
+    found = rounded_in_turn(stage, site_problem(stage, block, SITE), site_branch(block, SITE, "lowrank"))
     block.keep("residual", stored_factors(found))
     return clipped(stage, block)
 

@@ -37,24 +37,27 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:
     """Packed codes [N, K/2] and scales of one site's residual, the branch that goes with them, and what the mean contributes [N]."""
-    settings, branch, precision = stage["gptq"], stage["lowrank"], precision_of(stage["format"])
-    problem = site_problem(stage, block, site)
+    problem, branch = site_problem(stage, block, site), stage["lowrank"]
     factor = problem.factor
     if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"
         warn(f"{where}: Cholesky failed {factor.retries} times; damping raised to {factor.damping:g}")
-
-    def rounded(proj_down: torch.Tensor, proj_up: torch.Tensor) -> LayerFactors:
-        choose = partial(choose_scales, settings.scales, precision)
-        return rounded_by_gptq(problem, proj_down, proj_up, precision, choose, block_size=settings.block_size)
-
     start = site_branch(block, site, "lowrank") if problem.noise is None else first_branch(problem, branch.rank, seed=branch.seed)
-    layer = rounded(*start)
-    for i in range(settings.refits if branch.rank else 0):
+    layer = rounded_in_turn(stage, problem, start)
+    return stored_factors(layer), {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+
+
+def rounded_in_turn(stage: Stage, problem: Problem, branch: tuple[torch.Tensor, torch.Tensor]) -> LayerFactors:
+    """The layer rounded under a first branch (as stored), then branch and codes in turn as often as the params say."""
+    settings, lowrank, precision = stage["gptq"], stage["lowrank"], precision_of(stage["format"])
+    choose = partial(choose_scales, settings.scales, precision)
+    rounded = partial(rounded_by_gptq, problem, precision=precision, choose_scales=choose, block_size=settings.block_size)
+    layer = rounded(*branch)
+    for i in range(settings.refits if lowrank.rank else 0):
         if i > 0:
             layer = rounded(layer.proj_down, layer.proj_up)
-        layer = refit_branch(problem, layer, seed=branch.seed)
-    return stored_factors(layer), {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+        layer = refit_branch(problem, layer, seed=lowrank.seed)
+    return layer
 
 
 def site_problem(stage: Stage, block: Block, site: Site) -> Problem:

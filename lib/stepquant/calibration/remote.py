@@ -50,14 +50,15 @@ def find(folder: Path) -> tuple[Any, str] | None:
 
 @contextmanager
 def reported(place: object) -> Iterator[None]:
-    """Raises UserError naming the place for whatever an object store does not do."""
-    try:
-        from obstore.exceptions import BaseError
-    except ImportError:  # then nothing below can come from one
-        BaseError = ()
+    """Raises UserError naming the place for whatever an object store does not do.
+
+    obstore's errors are told by their module, so that groups on disk are read without it, installed or not.
+    """
     try:
         yield
-    except BaseError as error:
+    except Exception as error:
+        if not type(error).__module__.startswith("obstore"):
+            raise
         raise UserError(f"{place}: {str(error).splitlines()[0]}; check the address, the credentials in the environment and the network") from None
 
 
