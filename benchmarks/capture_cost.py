@@ -26,7 +26,7 @@ from stepquant.models.bins import make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
 from stepquant.models.sites import WAN_SITES
 
-SAMPLES = {"calibration": 2048, "heldout": 2048}
+SAMPLES = {"calibration": 2048, "validation": 2048, "heldout": 2048}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     add_options(parser)
-    parser.set_defaults(calls_calibration=1, calls_heldout=1, calls_steps=1, calls_frames=8, calls_height=64, calls_width=64)
+    parser.set_defaults(calls_calibration=1, calls_validation=1, calls_heldout=1, calls_steps=1, calls_frames=8, calls_height=64, calls_width=64)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shutil.rmtree(options.folder, ignore_errors=True)

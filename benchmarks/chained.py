@@ -24,9 +24,9 @@ from stages import artifacts
 from stages.common import read_json
 from stages.evaluate import layer_errors
 from stages.pipeline import ready_to_sample, source_pipeline
-from stages.trajectories import SPLITS, record
+from stages.trajectories import record
 from stepquant.calibration.arrays import group_metadata
-from stepquant.calibration.prompts import read_manifest, take
+from stepquant.calibration.prompts import recorded_prompts
 from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.compute.progress import track
 from stepquant.compute.units import UnitStore, content_key, gather
@@ -42,9 +42,7 @@ def record_behind_quantized() -> None:
     sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
     pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
     pipe.transformer_2 = source_pipeline(read_json(artifacts.MODEL), section(PARAMS, "compute"), sampling).transformer_2
-    counts = (settings.calibration_prompts, settings.heldout_prompts)
-    rows = read_manifest(Path(settings.manifest))
-    prompts = [p for split, count in zip(SPLITS, counts) for p in take(rows, split, count, settings.manifest)]
+    prompts = recorded_prompts(settings)
     store, units = UnitStore(Path(".units/chained")), {}
     for prompt in track(prompts, "trajectories"):
         units[prompt.id] = store.make(content_key(prompt=prompt.digest()), lambda folder: record(pipe, sampling, prompt, folder))

@@ -14,11 +14,13 @@ from torch import Tensor
 from benchmarks.layers import Layer
 from benchmarks.recipes import SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
 from stages.blocks import precision_of, site_branch, site_layer
-from stages.gptq import choose_scales, rounded_in_turn, site_problem, stored_factors
+from stages.gptq import choose_scales, damped_problem, rounded_in_turn, stored_factors
 from stepquant.calibration.activations import Activations
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
-from stepquant.quantize.layer import LayerFactors, layer_output, relative_error, round_input
+from stepquant.quantize.layer import LayerFactors, layer_output, round_input
+
+GPTAQ_DAMPING = 0.001
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,6 @@ def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
         return _changed(layer.activations(), lambda name, t: t.mean(0, keepdim=True) if name == "absmax" else t)
 
     return pipeline(replace(layer, activations=averaged), fmt, smooth={"span": "absmax"})
-
-
-def _search_score(W: Tensor, x: Tensor, factors: LayerFactors) -> float:
-    return relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item()
 
 
 # --- means ----------------------------------------------------------------------------------------------------------------
@@ -89,7 +87,7 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
 def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
     """Codes aimed at noisy inputs, but from the branch of stage lowrank on instead of the one that leaves least to the noise."""
     stage, block = factored(layer, fmt)
-    found = rounded_in_turn(stage, site_problem(stage, block, SITE), site_branch(block, SITE, "lowrank"))
+    found = rounded_in_turn(stage, damped_problem(stage, block, SITE)[0], site_branch(block, SITE, "lowrank"))
     block.keep("residual", stored_factors(found))
     return clipped(stage, block)
 
@@ -112,18 +110,10 @@ def _with_codes(stage: Stage, block: OneLayer, target: Tensor, H: Tensor) -> Qua
     """The layer with the codes of GPTQ of `target` [N, K] under second moments H, its branch as it is."""
     precision, settings = precision_of(stage["format"]), stage["gptq"]
     final = site_layer(block, SITE, precision)
-    factor = inverse_factor(H, damping=settings.damping, act_order=settings.act_order)
+    factor = inverse_factor(H, damping=GPTAQ_DAMPING, act_order=settings.act_order)
     scales = choose_scales(settings.scales, precision, target)
     factors = replace(final, codes=gptq(target, factor, scales, precision.weight), scales=scales)
     return Quantized(factors, clipped(stage, block).clips)
-
-
-def damping_per_site(layer: Layer, fmt: str) -> Quantized:
-    """The damping out of 0.0001, 0.001, 0.01 and 0.1 with the smallest error on the search tokens."""
-    tried = [pipeline(layer, fmt, gptq={"damping": damping}) for damping in (0.0001, 0.001, 0.01, 0.1)]
-    x = torch.cat(layer.activations().search)
-    scores = [_search_score(layer.W, x, q.factors) for q in tried]
-    return tried[scores.index(min(scores))]
 
 
 def sorted_channels(layer: Layer, fmt: str) -> Quantized:
@@ -185,10 +175,10 @@ IDEAS: dict[str, Recipe] = {
     "noise_but_its_branch": noise_but_its_branch,
     "gptaq": gptaq,
     "refits_8": changed(gptq={"refits": 8}),
-    "damping_0.0001": changed(gptq={"damping": 0.0001}),
-    "damping_0.01": changed(gptq={"damping": 0.01}),
-    "damping_0.1": changed(gptq={"damping": 0.1}),
-    "damping_per_site": damping_per_site,
+    "damping_0.0003": changed(gptq={"dampings": [0.0003]}),
+    "damping_0.003": changed(gptq={"dampings": [0.003]}),
+    "damping_0.03": changed(gptq={"dampings": [0.03]}),
+    "damping_to_the_third": changed(gptq={"dampings": [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]}),
     "sorted_channels": sorted_channels,
     "coarse_clip": changed(clip={"ratios": [0.6, 0.7, 0.8, 0.9, 1.0]}),
     "continuous_clip": continuous_clip,

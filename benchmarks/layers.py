@@ -85,13 +85,15 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def _statistics(calibration: Tensor, held_out: Tensor) -> Activations:
-    """What capture would keep of one timestep bin."""
+def _statistics(tokens: Tensor, held_out: Tensor) -> Activations:
+    """What capture would keep of one timestep bin; the last of the calibration tokens are for validation, and in nothing else."""
+    calibration, validation = tokens[:-SEARCH], tokens[-SEARCH:]
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
     centred = calibration - mean
     H = centred.T @ centred / len(centred)
     kept = {"shift": mean, "second_moment": H, "absmax": absmax[None], "mean": mean[None]}
-    return Activations((kept | {"search.0": calibration[:SEARCH], "heldout.0": held_out}).__getitem__, bins=1)
+    kept |= {"search.0": calibration[:SEARCH], "validation.0": validation, "heldout.0": held_out}
+    return Activations(kept.__getitem__, bins=1)
 
 
 def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:

@@ -71,12 +71,17 @@ class Calls:
     """
 
     calibration: int = 2
+    validation: int = 1
     heldout: int = 1
     steps: int = 3
     frames: int = 4
     height: int = 32
     width: int = 32
     text: int = 512
+
+    def prompts(self) -> dict[str, int]:
+        """How many per split, in their order."""
+        return {"calibration": self.calibration, "validation": self.validation, "heldout": self.heldout}
 
 
 def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[str, Any]], seed: int = 0) -> None:
@@ -90,7 +95,7 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
     values["experts"] = {EXPERT: values["experts"]["high_noise"]}
     values["sampling"] |= {"height": 8 * calls.height, "width": 8 * calls.width, "num_frames": 4 * calls.frames - 3, "steps": calls.steps}
     values["sampling"] |= {"guidance_scale": 1.0, "max_sequence_length": calls.text, "flow_shift": SHIFT}
-    values["trajectories"] |= {"calibration_prompts": calls.calibration, "heldout_prompts": calls.heldout}
+    values["trajectories"] |= {f"{split}_prompts": count for split, count in calls.prompts().items()}
     for name, keys in params.items():
         values[name] |= keys
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -179,8 +184,8 @@ def _heavy_tailed(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def write_trajectories(folder: Path, shape: Shape, calls: Calls, seed: int) -> None:
     """The recorded calls of every prompt, without guidance."""
     prompts = {}
-    for i in range(calls.calibration + calls.heldout):
-        split = "calibration" if i < calls.calibration else "heldout"
+    splits = [split for split, count in calls.prompts().items() for _ in range(count)]
+    for i, split in enumerate(splits):
         name = f"{split}_{i:02d}"
         write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), 16, split, name)
         prompts[name] = content_key(files=file_digests(folder / name))

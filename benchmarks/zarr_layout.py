@@ -39,7 +39,7 @@ def together(channels: int, tokens: int) -> Specs:
 def by_bin(channels: int, tokens: int) -> Specs:
     """The same with arrays of their own for every statistic, and for every sample of every bin."""
     statistics = [(name, (rows, channels), "float32") for name, rows in (("second_moment", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))]
-    return statistics + [(f"{split}.{b}", (tokens, channels), "uint16") for split in ("search", "heldout") for b in range(BINS)]
+    return statistics + [(f"{split}.{b}", (tokens, channels), "uint16") for split in ("search", "validation", "heldout") for b in range(BINS)]
 
 
 def one_chunk(shape: tuple[int, int], itemsize: int) -> dict:

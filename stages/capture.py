@@ -189,7 +189,7 @@ class Sums:
 
     def _plan(self, name: str, tokens: int) -> SitePlan:
         site, settings = next(s for s in WAN_SITES if s.name == name), self.share.capture
-        samples = {"calibration": settings.search_tokens, "heldout": settings.heldout_tokens}
+        samples = {"calibration": settings.search_tokens, "validation": settings.search_tokens, "heldout": settings.heldout_tokens}
         bins = self.share.bins if site.depends_on_timestep else None
         return plan_site(self.calls, bins, tokens, samples, settings.seed, stride=settings.moment_stride)
 

@@ -1,6 +1,7 @@
 """gptq@E: round what the branch left with GPTQ, and fit the branch to what rounding lost, in turn."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from stepquant.calibration.activations import site_folder, tokens_per_column
 from stepquant.commands import command, main
 from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
+from stepquant.quantize.clip import ClipCandidate, clip_errors
+from stepquant.quantize.damping import judged_rows, search_damping
 from stepquant.quantize.layer import LayerFactors, Precision, rounding_noise
-from stepquant.quantize.refine import Problem, first_branch, pose, refit_branch, rounded_by_gptq
+from stepquant.quantize.refine import Problem, first_branch, pose, refit_branch, rounded_by_gptq, with_rows
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
 FEW_TOKENS = 4  # per column
+UNCLIPPED = ClipCandidate(1.0, 0)
 
 
 @command
@@ -37,36 +41,57 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 def round_site(stage: Stage, expert: str, block: Block, site: Site) -> tuple[Factors, Record]:
     """Packed codes [N, K/2] and scales of one site's residual, the branch that goes with them, and what the mean contributes [N]."""
-    problem, branch = site_problem(stage, block, site), stage["lowrank"]
+    problem, errors = damped_problem(stage, block, site)
     factor = problem.factor
     if factor.retries:
         where = f"gptq@{expert} block {block.index} {site.name}"
         warn(f"{where}: Cholesky failed {factor.retries} times; damping raised to {factor.damping:g}")
-    start = site_branch(block, site, "lowrank") if problem.noise is None else first_branch(problem, branch.rank, seed=branch.seed)
-    layer = rounded_in_turn(stage, problem, start)
-    return stored_factors(layer), {"damping": factor.damping, "retries": factor.retries, "dead_channels": factor.dead}
+    layer = rounded_in_turn(stage, problem, start_branch(stage, problem, site_branch(block, site, "lowrank")))
+    record = {"damping": factor.damping, "dampings": stage["gptq"].dampings, "validation_errors": errors}
+    return stored_factors(layer), record | {"retries": factor.retries, "dead_channels": factor.dead}
+
+
+def damped_problem(stage: Stage, block: Block, site: Site) -> tuple[Problem, list[float]]:
+    """What is to be rounded and for which inputs, as the params want it, with the damping that validation prompts chose; and their errors."""
+    settings, activations, transform = stage["gptq"], block.activations(site), site_transform(block, site)
+    moments, noise = transform.moments(activations.second_moment_about(transform.mean)), None
+    if settings.noise:
+        noise = settings.noise * rounding_noise(activations.search, transform, precision_of(stage["format"]))
+    first = pose(block.weight(site), transform, moments, noise, damping=settings.dampings[0], act_order=settings.act_order)
+    branch, rows = site_branch(block, site, "lowrank"), judged_rows(first.W, stage["lowrank"].rank)
+    tokens = activations.validation if len(settings.dampings) > 1 else []
+
+    def error(problem: Problem) -> float:
+        """Mean square of the relative output error over bins, of some rows rounded once."""
+        part = with_rows(problem, rows)
+        layer = round_under(stage, part)(*start_branch(stage, part, (branch[0], branch[1][rows])))
+        return clip_errors(tokens, part.W, layer, [UNCLIPPED]).square().mean().item()
+
+    return search_damping(first, settings.dampings, error, act_order=settings.act_order)
+
+
+def start_branch(stage: Stage, problem: Problem, searched: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The branch before there are codes: the one that stage lowrank searched with, or the one that leaves least to lose to noise."""
+    settings = stage["lowrank"]
+    return searched if problem.noise is None else first_branch(problem, settings.rank, seed=settings.seed, start=searched[1])
 
 
 def rounded_in_turn(stage: Stage, problem: Problem, branch: tuple[torch.Tensor, torch.Tensor]) -> LayerFactors:
     """The layer rounded under a first branch (as stored), then branch and codes in turn as often as the params say."""
-    settings, lowrank, precision = stage["gptq"], stage["lowrank"], precision_of(stage["format"])
-    choose = partial(choose_scales, settings.scales, precision)
-    rounded = partial(rounded_by_gptq, problem, precision=precision, choose_scales=choose, block_size=settings.block_size)
+    lowrank, rounded = stage["lowrank"], round_under(stage, problem)
     layer = rounded(*branch)
-    for i in range(settings.refits if lowrank.rank else 0):
+    for i in range(stage["gptq"].refits if lowrank.rank else 0):
         if i > 0:
             layer = rounded(layer.proj_down, layer.proj_up)
         layer = refit_branch(problem, layer, seed=lowrank.seed)
     return layer
 
 
-def site_problem(stage: Stage, block: Block, site: Site) -> Problem:
-    """What is to be rounded and for which inputs, as the params want it."""
-    settings, activations, transform = stage["gptq"], block.activations(site), site_transform(block, site)
-    moments, noise = transform.moments(activations.second_moment_about(transform.mean)), None
-    if settings.noise:
-        noise = settings.noise * rounding_noise(activations.search, transform, precision_of(stage["format"]))
-    return pose(block.weight(site), transform, moments, noise, damping=settings.damping, act_order=settings.act_order)
+def round_under(stage: Stage, problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], LayerFactors]:
+    """GPTQ of what a branch (proj_down, proj_up) leaves, with scales as the params want them."""
+    settings, precision = stage["gptq"], precision_of(stage["format"])
+    choose = partial(choose_scales, settings.scales, precision)
+    return partial(rounded_by_gptq, problem, precision=precision, choose_scales=choose, block_size=settings.block_size)
 
 
 def stored_factors(layer: LayerFactors) -> Factors:
@@ -80,7 +105,7 @@ def warn_of_few_tokens(expert: str, site: Site) -> None:
     """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/recipe.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
-        remedy = "raise trajectories.calibration_prompts (or gptq.damping, where gptq.noise is 0)"
+        remedy = "raise trajectories.calibration_prompts"
         warn(f"gptq@{expert} {site.name}: {found:.1f} calibration tokens per column, fewer than {FEW_TOKENS}; {remedy}")
 
 

@@ -9,7 +9,7 @@ from stages.common import ParamsFile, Stage, open_stage, read_json
 from stages.pipeline import source_pipeline
 from stepquant.calibration import remote
 from stepquant.calibration.arrays import group_metadata
-from stepquant.calibration.prompts import Prompt, read_manifest, take
+from stepquant.calibration.prompts import Prompt, recorded_prompts
 from stepquant.calibration.trajectories import recorded, write_trajectory
 from stepquant.commands import command, main
 from stepquant.compute.progress import track
@@ -17,7 +17,6 @@ from stepquant.compute.units import gather
 from stepquant.models.sampling import sample
 
 READS = ("compute", "sampling", "trajectories", "storage")
-SPLITS = ("calibration", "heldout")
 
 
 @command
@@ -28,10 +27,7 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params) as stage:
         manifest = read_json(artifacts.MODEL)
-        settings = stage["trajectories"]
-        rows = read_manifest(Path(settings.manifest))
-        counts = (settings.calibration_prompts, settings.heldout_prompts)
-        prompts = [p for split, count in zip(SPLITS, counts) for p in take(rows, split, count, settings.manifest)]
+        prompts = recorded_prompts(stage["trajectories"])
         pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))  # not loaded when every unit is there
         units = {}
         for prompt in track(prompts, "trajectories"):

@@ -86,7 +86,9 @@ REFUSALS = [
     ("smooth.candidates", [], "at least 1 item"),
     ("smooth.candidates", [0.5, 2.0], "less than or equal to 1"),
     ("lowrank.rank", -1, "greater than or equal to 0"),
-    ("gptq.damping", 0.0, "greater than 0"),
+    ("gptq.dampings", [0.0], "greater than 0"),
+    ("gptq.dampings", [0.1, 0.01], "rising values, each once"),
+    ("gptq.dampings", [], "at least 1 item"),
     ("gptq.act_order", "yes", "boolean"),
     ("gptq.block_size", 0, "greater than 0"),
     ("clip.ratios", [0.0], "greater than 0"),
@@ -128,8 +130,8 @@ def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):
 
 
 def test_a_misspelt_parameter_is_named_as_it_was_written(tmp_path):
-    message = refusal(write(tmp_path, [("gptq.damping", GONE), ("gptq.dampening", 0.01)]))
-    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, damping, act_order, block_size"
+    message = refusal(write(tmp_path, [("gptq.dampings", GONE), ("gptq.dampening", 0.01)]))
+    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, dampings, act_order, block_size"
 
 
 def test_a_missing_section(tmp_path):
@@ -154,8 +156,8 @@ def test_an_expert_s_override_changes_that_expert_and_those_keys_only(tmp_path):
 def test_a_bad_override_is_named_as_an_override(tmp_path):
     message = refusal(write(tmp_path, [("experts.low_noise.lowrank", {"rnk": 64})]))
     assert message == "experts.low_noise.lowrank over lowrank.rnk: unknown parameter; allowed: rank, seed"
-    message = refusal(write(tmp_path, [("experts.low_noise.gptq", {"damping": -1.0})]), "gptq", "low_noise")
-    assert message.startswith("experts.low_noise.gptq over gptq.damping: found -1.0; ")
+    message = refusal(write(tmp_path, [("experts.low_noise.gptq", {"dampings": -1.0})]), "gptq", "low_noise")
+    assert message.startswith("experts.low_noise.gptq over gptq.dampings: found -1.0; ")
 
 
 @pytest.mark.parametrize("changes", [[("experts.low_noise.lowrnk", {})], [("experts.low_noise.clip", GONE)], [("experts.low_noise.format", {})]])

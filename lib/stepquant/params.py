@@ -79,6 +79,7 @@ class Trajectories(Section):
 
     manifest: str
     calibration_prompts: Positive | None
+    validation_prompts: Positive | None
     heldout_prompts: Positive | None
 
 
@@ -89,8 +90,9 @@ class Storage(Section):
 
 
 class Capture(Section):
-    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches and for held-out errors; of how
-    many tokens one goes into second moments and means; calls that run through a block at once; calls and blocks of one unit of work."""
+    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches (of calibration and of validation
+    prompts) and for held-out errors; of how many tokens one goes into second moments and means; calls that run through a block at
+    once; calls and blocks of one unit of work."""
 
     steps_per_bin: Positive | None
     search_tokens: Positive
@@ -148,14 +150,21 @@ class LowRank(Section):
 
 class Gptq(Section):
     """refits: how often the branch is fitted to what rounding lost. scales: by each group's rounding error, or its absmax. noise: share of
-    the activations' rounding variance that weights and branch reckon with."""
+    the activations' rounding variance that weights and branch reckon with. dampings: candidates, rising, chosen from per site."""
 
     scales: Literal["error", "absmax"]
     refits: Annotated[int, Field(ge=0)]
     noise: Annotated[float, Field(ge=0)]
-    damping: Annotated[float, Field(gt=0)]
+    dampings: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     act_order: bool
     block_size: Positive
+
+    @field_validator("dampings")
+    @classmethod
+    def _rising(cls, value: list[float]) -> list[float]:
+        if value != sorted(set(value)):
+            raise ValueError(f"{value}: allowed are rising values, each once")
+        return value
 
 
 class Clip(Section):

@@ -16,9 +16,9 @@ TOKENS, CHANNELS = 10, 6
 BINS = Bins((1000.0, 900.0, 500.0, 0.0))
 # Four steps in bin 1 but one in bin 0 and one in bin 2, so that equal weights of calls and of bins differ.
 TIMES = [950.0, 900.0, 800.0, 700.0, 600.0, 300.0]
-SPLITS = {"dog": "calibration", "car": "calibration", "cat": "heldout"}
+SPLITS = {"dog": "calibration", "car": "calibration", "fox": "validation", "cat": "heldout"}
 CALLS = [Call(p, SPLITS[p], step, branch, t) for p in SPLITS for step, t in enumerate(TIMES) for branch in (0, 1)]
-SAMPLES = {"calibration": 7, "heldout": 5}
+SAMPLES = {"calibration": 7, "validation": 4, "heldout": 5}
 
 
 @pytest.fixture
@@ -63,6 +63,11 @@ def rows_in(sample, tokens):
     return equal.int().argmax(1).tolist()
 
 
+def same_samples(a, b) -> bool:
+    pairs = zip(a.search + a.validation + a.heldout, b.search + b.validation + b.heldout, strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_the_second_moment_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x):
     found = collect(tmp_path, x, BINS, chunk=5)
     per_bin = [tokens_of(x, "calibration", b) for b in range(3)]
@@ -91,7 +96,7 @@ def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypa
     cut = collect(tmp_path / "cut", x, BINS, chunk=5)
     for name in ("second_moment", "absmax", "mean"):
         assert torch.allclose(getattr(cut, name), getattr(whole, name), rtol=0, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(cut.search + cut.heldout, whole.search + whole.heldout, strict=True))
+    assert same_samples(cut, whole)
 
 
 def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
@@ -114,28 +119,30 @@ def test_absmax_and_mean_are_per_bin(tmp_path, x):
     assert open_group(tmp_path).attrs["tokens"] == [40, 160, 40]
 
 
-def test_held_out_tokens_enter_nothing_but_the_held_out_sample(tmp_path, x):
+@pytest.mark.parametrize("split", ["validation", "heldout"])
+def test_what_is_not_calibration_enters_nothing_but_its_own_sample(tmp_path, x, split):
     before = collect(tmp_path / "before", x, BINS, chunk=5)
-    heldout = [i for i, call in enumerate(CALLS) if call.split == "heldout"]
-    x[heldout] = 1000 + torch.rand(len(heldout), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(9))
+    changed = [i for i, call in enumerate(CALLS) if call.split == split]
+    x[changed] = 1000 + torch.rand(len(changed), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(9))
     after = collect(tmp_path / "after", x, BINS, chunk=5)
     for name in ("second_moment", "absmax", "mean"):
         assert torch.equal(getattr(after, name), getattr(before, name))
+    other = {"validation": "heldout", "heldout": "validation"}[split]
     for b in range(3):
-        assert torch.equal(after.search[b], before.search[b])
-        assert after.heldout[b].min() >= 1000
+        assert all(torch.equal(getattr(after, name)[b], getattr(before, name)[b]) for name in ("search", other))
+        assert getattr(after, split)[b].min() >= 1000
 
 
 def test_samples_are_tokens_of_their_split_and_bin_without_replacement(tmp_path, x):
     found = collect(tmp_path, x, BINS, chunk=5)
     for b in range(3):
-        for sample, split in ((found.search[b], "calibration"), (found.heldout[b], "heldout")):
+        for split, sample in {"calibration": found.search[b], "validation": found.validation[b], "heldout": found.heldout[b]}.items():
             rows = rows_in(sample, tokens_of(x, split, b))
             assert len(rows) == len(set(rows)) == SAMPLES[split]
 
 
 def test_a_sample_larger_than_the_bin_is_the_whole_bin(tmp_path, x):
-    found = collect(tmp_path, x, BINS, chunk=5, samples={"calibration": 100, "heldout": 10_000})
+    found = collect(tmp_path, x, BINS, chunk=5, samples={"calibration": 100, "validation": 10_000, "heldout": 10_000})
     for b, size in enumerate((40, 100, 40)):
         assert len(found.search[b]) == size
         assert sorted(rows_in(found.heldout[b], tokens_of(x, "heldout", b))) == list(range(len(tokens_of(x, "heldout", b))))
@@ -146,8 +153,7 @@ def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
     for other in results[1:]:
         for name in ("second_moment", "absmax", "mean"):
             assert torch.equal(getattr(other, name), getattr(results[0], name))
-        for name in ("search", "heldout"):
-            assert all(torch.equal(a, b) for a, b in zip(getattr(other, name), getattr(results[0], name), strict=True))
+        assert same_samples(other, results[0])
 
 
 @pytest.mark.parametrize("share", [1, 5, 12, 30])
@@ -155,12 +161,11 @@ def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
 def test_shares_add_up_to_the_whole(tmp_path, x, share, offset):
     """Whatever is not a sum is equal, and sums agree to rounding, also where the mean is 10,000 times the spread.
 
-    The last 12 calls are held out: among the shares of 1, 5 and 12 are some without a calibration token.
+    The last 24 calls are no calibration: among the shares of 1, 5 and 12 are some without a calibration token.
     """
     x = x + offset
     whole, found = collect(tmp_path / "whole", x, BINS, chunk=5), collect(tmp_path / "shares", x, BINS, chunk=5, share=share)
-    for name in ("search", "heldout"):
-        assert all(torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(whole, name), strict=True))
+    assert same_samples(found, whole)
     for name in ("shift", "absmax"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
     assert open_group(tmp_path / "shares").attrs["tokens"] == [40, 160, 40]
@@ -179,7 +184,7 @@ def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path,
     expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
     assert torch.allclose(found.second_moment_about(torch.zeros(CHANNELS)).double(), expected, rtol=0, atol=1e-6)
     assert torch.equal(found.absmax, whole.absmax)
-    assert all(torch.equal(a, b) for a, b in zip(found.search + found.heldout, whole.search + whole.heldout, strict=True))
+    assert same_samples(found, whole)
 
 
 def test_a_site_without_t_sums_every_token_whatever_the_stride(tmp_path, text):
@@ -249,7 +254,7 @@ def test_a_bin_that_no_step_falls_into_is_refused():
 
 
 def test_a_split_without_calls_is_refused():
-    calls = [call for call in CALLS if call.split == "calibration"]
+    calls = [call for call in CALLS if call.split != "heldout"]
     with pytest.raises(UserError, match="trajectories: no call of split 'heldout'"):
         plan_site(calls, None, TOKENS, SAMPLES, 0, stride=1)
     with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):

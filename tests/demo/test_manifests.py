@@ -51,7 +51,7 @@ def test_any_prefix_is_balanced(folder: Path, length: int):
 
 
 def test_splits_are_as_many_as_promised(data_folder: Path):
-    assert Counter(row["split"] for row in read(data_folder / "calibration")) == {"calibration": 12, "heldout": 4}
+    assert Counter(row["split"] for row in read(data_folder / "calibration")) == {"calibration": 10, "validation": 2, "heldout": 4}
     assert Counter(row["split"] for row in read(data_folder / "evaluation")) == {"evaluation": 40}
 
 
@@ -64,13 +64,12 @@ def test_evaluation_shares_no_sprite_and_no_photo(data_folder: Path):
     assert not set(settings.photos["training"]) & set(settings.photos["evaluation"])
 
 
-def test_calibration_and_heldout_rows_share_no_picture(data_folder: Path):
+def test_splits_of_calibration_share_no_picture(data_folder: Path):
     rows = read(data_folder / "calibration")
     for key in ("sprite", "photo"):
-        used = {
-            split: {row["extra"][key] for row in rows if row["split"] == split} for split in ("calibration", "heldout")
-        }
+        used = {split: {row["extra"][key] for row in rows if row["split"] == split} for split in ("calibration", "validation", "heldout")}
         assert not used["calibration"] & used["heldout"]
+        assert not used["validation"] & (used["calibration"] | used["heldout"])
 
 
 def test_writing_a_manifest_is_deterministic(assets: Assets, clip_settings: ClipSettings, tmp_path: Path):

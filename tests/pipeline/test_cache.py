@@ -40,6 +40,7 @@ PARAMS = {
     "compute.address": ("head:6379", {"report"}),
     "compute.gpus_per_unit": (0.5, {"report"}),
     "sampling.steps": (5, ALL - {"model", "pack@rtn"}),
+    "trajectories.validation_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "trajectories.heldout_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "storage.url": ("s3://bucket/prefix", {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
@@ -60,12 +61,12 @@ PARAMS = {
     "gptq.scales": ("absmax", each("gptq clip", EXPERTS) | below(ROUNDED)),
     "gptq.refits": (0, each("gptq clip", EXPERTS) | below(ROUNDED)),
     "gptq.noise": (0.0, each("gptq clip", EXPERTS) | below(ROUNDED)),
-    "gptq.damping": (0.02, each("gptq clip", EXPERTS) | below(ROUNDED)),
+    "gptq.dampings": ([0.02], each("gptq clip", EXPERTS) | below(ROUNDED)),
     "clip.ratios": ([0.9, 1.0], each("clip", EXPERTS) | below(CLIPPED)),
     "experts.low_noise.lowrank": ({"rank": 8}, each("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
     "experts.high_noise.smooth": ({"alpha": 0.5}, each("lowrank gptq clip", ("high_noise",)) | below(BRANCH)),
     "experts.low_noise.rotate": ({"blocks": [32]}, each("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
-    "experts.high_noise.gptq": ({"damping": 0.02}, each("gptq clip", ("high_noise",)) | below(ROUNDED)),
+    "experts.high_noise.gptq": ({"dampings": [0.02]}, each("gptq clip", ("high_noise",)) | below(ROUNDED)),
     "experts.low_noise.clip": ({"ratios": [1.0]}, each("clip", ("low_noise",)) | below(CLIPPED)),
     "generate.prompts": (2, each("generate evaluate", SAMPLED) | {"report"}),
     "evaluate.seed": (1, each("evaluate", SAMPLED) | {"report"}),
@@ -134,7 +135,7 @@ def test_repro_after_repro_runs_nothing(workspace_copy):
 
 def test_an_override_of_one_expert_runs_that_expert_alone(workspace_copy):
     before = workspace_copy.hashes()
-    workspace_copy.set("experts.low_noise.gptq", {"damping": 0.5})
+    workspace_copy.set("experts.low_noise.gptq", {"dampings": [0.5]})
     assert running(workspace_copy.run("dvc", "repro", "gptq", "clip")) == ["gptq@low_noise", "clip@low_noise"]
     after = workspace_copy.hashes()
     changed = {name for name in before if before[name] != after[name]}

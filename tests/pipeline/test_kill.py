@@ -162,19 +162,19 @@ def test_a_parameter_changed_after_a_kill_reuses_nothing(fresh):
         process.kill()
     before = finished(fresh)
 
-    damping = fresh.params()["gptq"]["damping"]
-    fresh.set("gptq.damping", 0.5)
+    dampings = fresh.params()["gptq"]["dampings"]
+    fresh.set("gptq.dampings", [0.5])
     fresh.run(*target)
     changed, after = fresh.hashes()[name], finished(fresh)
     assert changed != first
     assert len(after.keys() - before.keys()) == BLOCKS
 
-    fresh.set("gptq.damping", damping)
+    fresh.set("gptq.dampings", dampings)
     fresh.run(*target)
     assert fresh.hashes()[name] == first
     fresh.run("stepquant.cli", "gc", "--keep-days", "0")
     assert len(finished(fresh)) == BLOCKS  # those of this artifact; DVC does without the others
-    fresh.set("gptq.damping", 0.5)
+    fresh.set("gptq.dampings", [0.5])
     output = fresh.run(*target)
     assert "is cached - skipping run" in output
     assert fresh.hashes()[name] == changed

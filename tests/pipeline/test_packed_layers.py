@@ -33,3 +33,15 @@ def test_packed_linears_compute_what_their_factors_do(workspace, monkeypatch, ex
             # The bias is stored in bfloat16: eight significant bits, a rounding error of 2^-8 at most; sums are taken in another order.
             tolerance = 2**-8 * (bias + layer.offset).abs().max() + 1e-4 * expected.abs().max()
             assert (packed.output(1, site, x, b) - expected).abs().max() < tolerance, (site.name, b)
+
+
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_the_damping_is_the_best_that_was_tried(workspace, monkeypatch, expert):
+    """By the record of stage gptq: it goes up while validation error falls by more than 0.2 %."""
+    monkeypatch.chdir(workspace.root)
+    for site, record in read_json(artifacts.residual(expert) / "block_00" / "record.json").items():
+        errors, dampings = record["validation_errors"], record["dampings"]
+        assert 2 <= len(errors) <= len(dampings), site
+        steps = [after < 0.998 * before for before, after in zip(errors, errors[1:])]
+        assert all(steps[:-1]) and (len(errors) == len(dampings) or not steps[-1]), site
+        assert record["damping"] == dampings[sum(steps)], site

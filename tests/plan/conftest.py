@@ -10,7 +10,7 @@ from benchmarks.make_shape import EXPERT, Calls, Shape, make_shape
 from stages import common
 
 SHAPE = Shape(blocks=2, width=256, ffn=512, heads=2, text_dim=128)
-CALLS = Calls(calibration=2, heldout=1, steps=4, frames=2, height=8, width=8, text=32)
+CALLS = Calls(calibration=2, validation=1, heldout=1, steps=4, frames=2, height=8, width=8, text=32)
 PARAMS = {"capture": {"search_tokens": 40, "heldout_tokens": 1000}, "smooth": {"candidates": [0.5, 0.6]}, "gptq": {"refits": 1}}
 
 

@@ -31,7 +31,7 @@ def test_a_profile_on_the_usual_machines(folder):
     result = invoke("--profile", "wan2.2-i2v-a14b")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "high_noise: 40 blocks, 28.6 GB in BF16, 8.3 GB packed; steps per bin 5/5/5, 144 replayed calls of 32760 tokens"
+    assert lines[0] == "high_noise: 40 blocks, 28.6 GB in BF16, 8.3 GB packed; steps per bin 5/5/5, 168 replayed calls of 32760 tokens"
     for title in ("1 x 24 GB (RTX 4090)", "1 x 80 GB (H100 SXM)", "8 x 80 GB (H100 SXM)"):
         assert any(line.startswith(title) for line in lines)
     assert list(folder.iterdir()) == []

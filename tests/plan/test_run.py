@@ -36,10 +36,10 @@ def test_calls_of_the_known_model(real):
     high, low = real.experts
     assert real.tokens == 21 * 30 * 52 == 32760
     assert (high.steps, low.steps) == ((5, 5, 5), (5, 13, 7))
-    assert real.prompts == {"calibration": 8, "heldout": 4, "evaluation": 16}  # nothing to count: as assumed
-    assert high.all_calls == 12 * 2 * 15 and low.calls("calibration", 1) == 8 * 2 * 13
+    assert real.prompts == {"calibration": 8, "validation": 2, "heldout": 4, "evaluation": 16}  # nothing to count: as assumed
+    assert high.all_calls == 14 * 2 * 15 and low.calls("calibration", 1) == 8 * 2 * 13
     fewer = replace(low, steps_per_bin=6)
-    assert fewer.all_calls == 12 * 2 * (5 + 6 + 6) and fewer.calls("calibration", 1) == 8 * 2 * 6
+    assert fewer.all_calls == 14 * 2 * (5 + 6 + 6) and fewer.calls("calibration", 1) == 8 * 2 * 6
 
 
 def test_timesteps_are_those_that_a_pipeline_steps_through():
@@ -51,20 +51,20 @@ def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     manifest = tmp_path / "data/calibration/manifest.jsonl"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text("\n".join(json.dumps({"split": split}) for split in ("calibration", "calibration", "heldout")) + "\n")
+    manifest.write_text("\n".join(json.dumps({"split": split}) for split in ("calibration", "calibration", "validation", "heldout")) + "\n")
     (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
-    assert make_run(tmp_path / "params.yaml").prompts == {"calibration": 2, "heldout": 1, "evaluation": 16}
+    assert make_run(tmp_path / "params.yaml").prompts == {"calibration": 2, "validation": 1, "heldout": 1, "evaluation": 16}
 
 
 def test_samples_are_never_more_than_there_is(tmp_path, monkeypatch):
-    """10,000 tokens of each split and bin; of text, 512 tokens of 8 prompts and of 4, with and without guidance, are fewer."""
+    """10,000 tokens of each split and bin; of text, 512 tokens of 8 prompts, of 2 and of 4, with and without guidance, are fewer."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("_tokens: 512", "_tokens: 10000"))
     run = make_run(tmp_path / "params.yaml")
     high, _ = run.experts
     sites = {site.name: site for site in high.sites}
-    assert rows_kept(run, high, sites["ffn.down"]) == 2 * 3 * 10000 and search_rows(run, high, sites["ffn.down"]) == 3 * 10000
-    assert rows_kept(run, high, sites["attn2.kv"]) == 8192 + 4096 and search_rows(run, high, sites["attn2.kv"]) == 8192
+    assert rows_kept(run, high, sites["ffn.down"]) == 3 * 3 * 10000 and search_rows(run, high, sites["ffn.down"]) == 3 * 10000
+    assert rows_kept(run, high, sites["attn2.kv"]) == 8192 + 2048 + 4096 and search_rows(run, high, sites["attn2.kv"]) == 8192
 
 
 def test_second_moments_take_every_fourth_token_but_all_of_the_text(real):

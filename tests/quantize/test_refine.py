@@ -9,7 +9,7 @@ from stepquant.formats import get_format
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.layer import LayerFactors, Precision, layer_output, main_weight, relative_error, rounding_noise
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch, weighted_low_rank_factors
-from stepquant.quantize.refine import first_branch, pose, refit_branch, rounded_by_gptq
+from stepquant.quantize.refine import first_branch, pose, refit_branch, rounded_by_gptq, with_damping, with_rows
 from stepquant.quantize.scales import scales_by_error
 from stepquant.quantize.smooth import smoothing_factor
 from stepquant.quantize.transform import InputTransform
@@ -152,10 +152,10 @@ def test_target_minimises_the_error_that_noise_is_part_of(noisy):
         assert min(cost(Q + step), cost(Q - step)) > cost(Q)
 
 
-def test_first_branch_leaves_least_to_the_noise(noisy):
+def test_first_branch_leaves_least_to_the_noise(case, noisy):
     """What the best Q leaves of W - L is tr((W - L) G (W - L)^T), G = H - H (H + D)^-1 H; its best L is known from eigenvalues."""
     problem, W, H, D = noisy
-    down, up = first_branch(problem, 8, seed=0)
+    down, up = first_branch(problem, 8, seed=0, start=branch_of(case[0], case[3])[1])
     E = W - up.double() @ problem.transform.weight(down.T).double()
     G = H - H @ torch.linalg.solve(H + D, H)
     best = torch.linalg.eigvalsh(W @ G @ W.T)[:-8].sum().item()
@@ -168,9 +168,32 @@ def test_codes_are_aimed_at_the_noise(case, noisy, name):
     W, _, H, smooth, held_out, reference = case
     problem, *_ = noisy
     exact, errors = problem_of(W, H, problem.transform), []
-    for posed, branch in ((exact, branch_of(W, smooth)), (problem, first_branch(problem, 8, seed=0))):
+    for posed, branch in ((exact, branch_of(W, smooth)), (problem, first_branch(problem, 8, seed=0, start=branch_of(W, smooth)[1]))):
         errors.append(relative_error(layer_output(held_out, rounded(posed, branch, name, "int4"), 1.0, 0), reference).item())
     assert errors[1] < errors[0]
+
+
+def test_the_branch_is_refitted_in_the_moments_as_they_were_damped(noisy):
+    """H with 0.01 of the mean diagonal of H + D on its diagonal, as in the factor."""
+    problem, _, H, _ = noisy
+    thin = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(problem.times_moments(thin).double(), H @ thin.double(), rtol=0, atol=1e-5 * H.abs().max().item())
+
+
+def test_some_rows_are_rounded_as_all_of_them_are(noisy, case):
+    problem, rows = noisy[0], torch.tensor([3, 40, 41])
+    down, up = branch_of(case[0], case[3])
+    whole, part = rounded(problem, (down, up), "int4"), rounded(with_rows(problem, rows), (down, up[rows]), "int4")
+    torch.testing.assert_close(main_weight(part), main_weight(whole)[rows], rtol=0, atol=0)
+
+
+def test_another_damping_is_another_pose(noisy):
+    problem = noisy[0]
+    again, expected = with_damping(problem, 0.5, act_order=True), pose(
+        problem.W, problem.transform, problem.moments, problem.noise, damping=0.5, act_order=True
+    )
+    assert torch.equal(again.target, expected.target) and torch.equal(again.factor.U, expected.factor.U)
+    assert (again.factor.damping, again.factor.ridge) == (0.5, expected.factor.ridge)
 
 
 def test_without_noise_the_target_is_the_weight(case):

@@ -28,7 +28,7 @@ PARAMS = {
         "height": 32, "width": 32, "num_frames": 5, "steps": 3, "flow_shift": 4.0, "max_sequence_length": 16,
         "guidance_scale": 1.0, "guidance_scale_2": 1.0,
     },
-    "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "heldout_prompts": 1},
+    "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "validation_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": 1, "low_noise": 1},
     "capture": {"search_tokens": 16, "heldout_tokens": 16, "blocks_per_share": 1},
     "lowrank": {"rank": 8},
@@ -77,10 +77,10 @@ class Folder:
 
 def write_prompts(root: Path) -> None:
     """One prompt per split, from the demo's calibration prompts."""
-    rows = [json.loads(line) for line in (ROOT / "data/calibration/manifest.jsonl").read_text().splitlines()[:3]]
+    rows = [json.loads(line) for line in (ROOT / "data/calibration/manifest.jsonl").read_text().splitlines()[:4]]
     target = root / MANIFEST
     (target.parent / "images").mkdir(parents=True)
-    for row, split in zip(rows, ("calibration", "heldout", "evaluation")):
+    for row, split in zip(rows, ("calibration", "validation", "heldout", "evaluation")):
         row["split"] = split
         shutil.copyfile(ROOT / "data/calibration" / row["image"], target.parent / row["image"])
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -50,8 +50,8 @@ def test_an_unknown_parameter_of_one_expert(folder, refused):
 
 def test_a_missing_parameter(folder, refused):
     text = (folder.root / "params.yaml").read_text()
-    (folder.root / "params.yaml").write_text(text.replace("  damping: 0.001\n", "", 1))
-    assert refused("gptq", *HIGH) == "params.yaml: gptq.damping: missing; expected the keys scales, refits, noise, damping, act_order, block_size"
+    (folder.root / "params.yaml").write_text(text.replace("  noise: 0.25\n", "", 1))
+    assert refused("gptq", *HIGH) == "params.yaml: gptq.noise: missing; expected the keys scales, refits, noise, dampings, act_order, block_size"
 
 
 def test_an_expert_or_a_variant_that_is_not_there(refused):

@@ -8,14 +8,15 @@ Of one site (B bins, K channels); nothing of a held-out prompt enters anything b
                             would lose what they do in the square of the mean
     absmax        [B, K]    largest |x| per channel
     mean          [B, K]    mean of x per channel
-    search.<bin>  [S, K]    a seeded sample of calibration tokens, without replacement
-    heldout.<bin> [S, K]    the same from the held-out prompts
+    search.<bin>      [S, K]    a seeded sample of calibration tokens, without replacement
+    validation.<bin>  [S, K]    the same from the validation prompts, which nothing else is computed from: choices are judged by them
+    heldout.<bin>     [S, K]    the same from the held-out prompts
 
 On disk, one Zarr group per block and site, few files because DVC pays for each (docs/scale.md):
 
     second_moment [K, K] float32
     channels      [1 + 2B, K] float32    shift, absmax of each bin, mean of each bin
-    samples       [rows, K]              in the dtype of the arithmetic: search of each bin, then heldout of each bin
+    samples       [rows, K]              in the dtype of the arithmetic: search of each bin, then validation, then heldout
     attributes    rows: {name of a sample: its rows}, in order; tokens: calibration tokens seen, per bin
 """
 
@@ -26,7 +27,7 @@ import torch
 
 from stepquant.calibration.arrays import open_group, read_tensor, write_group
 
-SAMPLES = ("search", "heldout")
+SAMPLES = ("search", "validation", "heldout")
 
 
 class Activations:
@@ -59,6 +60,11 @@ class Activations:
     def search(self) -> list[torch.Tensor]:
         """One tensor per bin."""
         return [self._load(f"search.{b}") for b in range(self._bins)]
+
+    @property
+    def validation(self) -> list[torch.Tensor]:
+        """One tensor per bin."""
+        return [self._load(f"validation.{b}") for b in range(self._bins)]
 
     @property
     def heldout(self) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from stepquant.errors import UserError
-from stepquant.params import Generate
+from stepquant.params import Generate, Trajectories
 
 _ID = re.compile(r"[A-Za-z0-9_]+")
 _TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "image": str, "seed": int}
@@ -64,6 +64,13 @@ def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> li
     if not chosen or (count is not None and count > len(chosen)):
         raise UserError(f"{where}: has {len(chosen)} prompts with split '{split}'; at least {count or 1} are asked for")
     return chosen[:count]
+
+
+def recorded_prompts(settings: Trajectories) -> list[Prompt]:
+    """The prompts whose trajectories are recorded, split by split."""
+    rows = read_manifest(Path(settings.manifest))
+    counts = {"calibration": settings.calibration_prompts, "validation": settings.validation_prompts, "heldout": settings.heldout_prompts}
+    return [prompt for split, count in counts.items() for prompt in take(rows, split, count, settings.manifest)]
 
 
 def evaluation_prompts(settings: Generate) -> list[Prompt]:

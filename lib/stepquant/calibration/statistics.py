@@ -20,7 +20,7 @@ from stepquant.calibration.trajectories import Call
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
 
-SPLITS = dict(zip(("calibration", "heldout"), SAMPLES))
+SPLITS = dict(zip(("calibration", "validation", "heldout"), SAMPLES))
 SLAB = 2048  # rows of a call at a time: float32 copies of 13,824 channels are then 113 MB each
 PANEL = 1024  # columns: the second moments of 5,120 channels then cost 60 % of the full product, of 13,824 54 %
 
@@ -86,7 +86,7 @@ def _sample(calls: int, tokens: int, wanted: int, seed: str) -> list[np.ndarray]
 
 def _empty_bin(bins: Bins | None, b: int, split: str) -> str:
     if bins is None:
-        return f"trajectories: no call of split '{split}'; the calibration manifest needs prompts of both splits"
+        return f"trajectories: no call of split '{split}'; the calibration manifest needs prompts of every split"
     return (
         f"bins: no recorded {split} step has t in bin {b}, ({bins.edges[b + 1]:g}, {bins.edges[b]:g}]; "
         "use fewer or wider bins, more sampling.steps, or more prompts"

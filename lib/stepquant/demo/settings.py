@@ -51,6 +51,7 @@ class ManifestSettings(Section):
 
     photo_table: Path
     calibration_rows: int
+    validation_rows: int
     heldout_rows: int
     evaluation_rows: int
     calibration_seed: int

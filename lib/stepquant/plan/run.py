@@ -14,7 +14,8 @@ from stepquant.models.sites import WAN_SITES
 from stepquant.models.source import COMPRESSION, EXPERT_FOLDERS, describe_experts
 
 # Prompts per split where the params take all and the manifest of prompts isn't there to be counted.
-ASSUMED_PROMPTS = {"calibration": 8, "heldout": 4, "evaluation": 16}
+ASSUMED_PROMPTS = {"calibration": 8, "validation": 2, "heldout": 4, "evaluation": 16}
+RECORDED = ("calibration", "validation", "heldout")  # splits whose trajectories are recorded and replayed
 LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
 
 
@@ -76,7 +77,7 @@ class ExpertRun:
 
     @property
     def all_calls(self) -> int:
-        return self.calls("calibration") + self.calls("heldout")
+        return sum(map(self.calls, RECORDED))
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,15 @@ class Run:
         trajectories, generate = self.knob("trajectories"), self.knob("generate")
         return {
             "calibration": _count(trajectories.calibration_prompts, Path(trajectories.manifest), "calibration"),
+            "validation": _count(trajectories.validation_prompts, Path(trajectories.manifest), "validation"),
             "heldout": _count(trajectories.heldout_prompts, Path(trajectories.manifest), "heldout"),
             "evaluation": _count(generate.prompts, Path(generate.manifest), "evaluation"),
         }
+
+    @property
+    def recorded_prompts(self) -> int:
+        """Prompts that trajectories are recorded of."""
+        return sum(self.prompts[split] for split in RECORDED)
 
     @property
     def itemsize(self) -> int:
@@ -215,20 +222,24 @@ OTHER_BYTES = {_A14B: 11_870_000_000}
 
 
 def rows_kept(run: Run, expert: ExpertRun, site: SiteShape) -> int:
-    """Sampled tokens of a site, both splits, all bins."""
-    capture = run.knob("capture")
-    wanted = {"calibration": capture.search_tokens, "heldout": capture.heldout_tokens}
-    if not site.per_bin:  # the text of each prompt and branch counts once
-        return sum(min(count, expert.prompts[split] * expert.branches * site.tokens) for split, count in wanted.items())
-    return sum(min(count, expert.calls(split, b) * site.tokens) for split, count in wanted.items() for b in range(len(expert.steps)))
+    """Sampled tokens of a site, all splits, all bins."""
+    return search_rows(run, expert, site) + validation_rows(run, expert, site) + _sampled(expert, site, "heldout", run.knob("capture").heldout_tokens)
 
 
 def search_rows(run: Run, expert: ExpertRun, site: SiteShape) -> int:
     """Sampled calibration tokens of a site, all bins."""
-    wanted = run.knob("capture").search_tokens
-    if not site.per_bin:
-        return min(wanted, expert.prompts["calibration"] * expert.branches * site.tokens)
-    return sum(min(wanted, expert.calls("calibration", b) * site.tokens) for b in range(len(expert.steps)))
+    return _sampled(expert, site, "calibration", run.knob("capture").search_tokens)
+
+
+def validation_rows(run: Run, expert: ExpertRun, site: SiteShape) -> int:
+    """Sampled validation tokens of a site, all bins."""
+    return _sampled(expert, site, "validation", run.knob("capture").search_tokens)
+
+
+def _sampled(expert: ExpertRun, site: SiteShape, split: str, wanted: int) -> int:
+    if not site.per_bin:  # the text of each prompt and branch counts once
+        return min(wanted, expert.prompts[split] * expert.branches * site.tokens)
+    return sum(min(wanted, expert.calls(split, b) * site.tokens) for b in range(len(expert.steps)))
 
 
 def runs(run: Run, expert: ExpertRun) -> int:

@@ -51,7 +51,7 @@ def trajectories(run: Run) -> Size:
     condition = inputs["in_channels"] - inputs["out_channels"]
     values = (steps * inputs["out_channels"] + condition) * frames * height * width
     values += branches * sampling.max_sequence_length * inputs["text_dim"]
-    prompts = run.prompts["calibration"] + run.prompts["heldout"]
+    prompts = run.recorded_prompts
     names = 24 * steps  # each step's expert stands in the attributes
     each = values * run.itemsize + 4 * steps + 4 * ARRAY_METADATA + GROUP_METADATA + names
     return Size(prompts * (each + DIGEST) + GROUP_METADATA, prompts * (steps + condition + branches + 6) + 1)
@@ -113,7 +113,9 @@ def residual(run: Run, expert: ExpertRun) -> Size:
         found |= {"proj_down": ((site.K, rank), torch.bfloat16), "proj_up": ((site.N, rank), torch.bfloat16)}
         return found | ({"tensor_scale": ((), torch.float32)} if formats.weight == "nvfp4" else {})
 
-    return _blocks(expert, tensors, {"damping": 0.01, "retries": 0, "dead_channels": 0})
+    dampings = run.knob("gptq", expert.name).dampings
+    record = {"damping": dampings[0], "dampings": dampings, "validation_errors": [ERROR] * min(2, len(dampings)), "retries": 0, "dead_channels": 0}
+    return _blocks(expert, tensors, record)
 
 
 def clip(run: Run, expert: ExpertRun) -> Size:

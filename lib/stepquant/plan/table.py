@@ -23,7 +23,7 @@ SMALLER = {
     "clip": "lower capture.search_tokens",
     "pack": "no parameter helps: one block has to fit",
 }
-LESS_DISK = "lower capture.steps_per_bin, or trajectories.calibration_prompts or .heldout_prompts: each replayed call leaves its hidden states"
+LESS_DISK = "lower capture.steps_per_bin or the numbers of prompts in trajectories: each replayed call leaves its hidden states"
 
 
 def plan_table(run: Run, machine: Machine) -> Table:

@@ -12,7 +12,8 @@ from math import ceil
 from stepquant.calibration.statistics import PANEL, SLAB
 from stepquant.plan import sizes
 from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
-from stepquant.plan.run import ExpertRun, Run, SiteShape, runs, search_rows, summed_tokens
+from stepquant.plan.run import ExpertRun, Run, SiteShape, runs, search_rows, summed_tokens, validation_rows
+from stepquant.quantize.damping import JUDGED_ROWS
 from stepquant.quantize.gptq import PANEL as TRIANGLE
 from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 
@@ -23,6 +24,7 @@ GPTQ = (4, 5, 0, 0)
 CLIP = (3, 0, 3, 3)
 # A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
+TRIED = 2.4  # dampings a site tries: the mean over the demo's sites
 STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
 
 
@@ -44,7 +46,7 @@ def stage_costs(run: Run, machine: Machine) -> list[Cost]:
 
     Sampling and packing take one device, however many there are.
     """
-    recorded, shown = run.prompts["calibration"] + run.prompts["heldout"], run.prompts["evaluation"]
+    recorded, shown = run.recorded_prompts, run.prompts["evaluation"]
     whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
     packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
     costs = [sampling(run, machine, "trajectories", recorded, whole, sizes.trajectories(run).bytes)]
@@ -104,18 +106,23 @@ def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
 
 
 def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
-    """A factorization per site, and what aims its weight at noise; a pass over the columns and a weighted fit for each refit."""
+    """A factorization and an aim per site and damping that it tries; a pass over the columns and a weighted fit for each refit."""
     rank, settings = run.knob("lowrank", expert.name).rank, run.knob("gptq", expert.name)
     refits = settings.refits if rank else 0
-    passes = max(1, refits)
+    passes, tried = max(1, refits), min(len(settings.dampings), TRIED)
+
+    def one_pass(site: SiteShape, rows: float) -> float:
+        columns = site.K * (machine.column_seconds + machine.column_per_row * rows)
+        return rows * site.K**2 / machine.fp32 + columns + rows * site.K * machine.per_weight
 
     def seconds(site: SiteShape) -> float:
-        flops = 2 / 3 * site.K**3 + passes * site.weights * site.K  # Cholesky, and the inverse of its triangle
-        flops += refits * fit_flops(rank, site, iterations=1)
+        judged = min(site.N, max(JUDGED_ROWS, rank)) if tried > 1 else 0
+        fit, thin_fit = (fit_flops(rank, rows, site.K, iterations=1) for rows in (site.N, judged))
+        flops = tried * 2 / 3 * site.K**3 + refits * fit  # Cholesky, and the inverse of its triangle
+        flops += tried * 2 * validation_rows(run, expert, site) * site.K * 2 * judged  # reference and output
         if settings.noise:  # two products with a triangle, in panels; the first branch
-            flops += 2 * site.weights * (site.K + TRIANGLE) + fit_flops(rank, site, iterations=POWER_ITERATIONS)
-        columns = site.K * (machine.column_seconds + machine.column_per_row * site.N)
-        return flops / machine.fp32 + passes * (columns + site.weights * machine.per_weight)
+            flops += tried * (2 * site.weights * (site.K + TRIANGLE) + thin_fit) + fit
+        return flops / machine.fp32 + passes * one_pass(site, site.N) + tried * (one_pass(site, judged) if judged else 0)
 
     device = _worst(run, expert, GPTQ, lambda site: 0)
     total = expert.blocks * sum(map(seconds, expert.sites))
@@ -167,11 +174,11 @@ def sketch_flops(rank: int, weights: float) -> float:
     return 0.0 if rank == 0 else (2 + 2 * POWER_ITERATIONS) * 2 * weights * (rank + OVERSAMPLING)
 
 
-def fit_flops(rank: int, site: SiteShape, iterations: int) -> float:
+def fit_flops(rank: int, rows: float, columns: float, iterations: int) -> float:
     """A branch in the norm of K x K moments: each iteration is two thin products with the weight and one with the moments."""
     if rank == 0:
         return 0.0
-    return 2 * (rank + OVERSAMPLING) * ((2 * iterations + 2) * site.weights + (iterations + 2) * site.K**2)
+    return 2 * (rank + OVERSAMPLING) * ((2 * iterations + 2) * rows * columns + (iterations + 2) * columns**2)
 
 
 def _worst(run: Run, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:

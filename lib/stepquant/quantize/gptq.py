@@ -29,13 +29,14 @@ PANEL = 1024  # columns of a product with a triangle
 class InverseFactor:
     """The part of GPTQ that depends on the second moments alone.
 
-    U float32 [K, K] and the order [K] int64 in which columns are visited; the relative damping that was used and how often
-    Cholesky failed before; number of dead channels.
+    U float32 [K, K] and the order [K] int64 in which columns are visited; the relative damping that was used, what it added to the
+    diagonal (ridge), and how often Cholesky failed before; number of dead channels.
     """
 
     U: Tensor
     order: Tensor
     damping: float
+    ridge: float
     retries: int
     dead: int
 
@@ -66,7 +67,7 @@ def inverse_factor(H: Tensor, *, damping: float, act_order: bool, noise: Tensor 
     ordered = H.float()[order[:, None], order]  # a copy, which is worked on in place from here: at 13,824 columns it is 0.76 GB
     ordered.diagonal().copy_(diagonal[order])
     U, damping, retries = _factorize(ordered, damping)
-    return InverseFactor(U, order, damping, retries, int(dead.sum()))
+    return InverseFactor(U, order, damping, damping * diagonal.mean().item(), retries, int(dead.sum()))
 
 
 def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, block_size: int = 128) -> Tensor:
@@ -132,7 +133,7 @@ def _factorize(H: Tensor, damping: float) -> tuple[Tensor, float, int]:
         damping *= 10
     raise UserError(
         f"GPTQ: second moments are not positive definite even with damping {damping / 10:g} "
-        f"({RETRIES} retries); raise gptq.damping or capture more tokens"
+        f"({RETRIES} retries); raise gptq.dampings or capture more tokens"
     )
 
 

@@ -11,13 +11,15 @@ and three parts of its minimum are known:
     L for a given Q              the best approximation of W - Q of its rank in the norm H
     L before there is a Q        that of W in the norm H - H (H + D)^-1 H = D - D (H + D)^-1 D, what the best real-valued Q leaves
 
-Without noise this is GPTQ and a branch refitted to what it lost. SVDQuant's reference code alternates with rounding to nearest
-and the plain norm. What the noise is worth: docs/recipe.md.
+H is damped, alike in all of them: where calibration never went, damping stands for what may come (damping.py). Without noise this
+is GPTQ and a branch refitted to what it lost. SVDQuant's reference code alternates with rounding to nearest and the plain norm.
+What the noise is worth: docs/recipe.md.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from stepquant.formats import Scales
@@ -44,6 +46,10 @@ class Problem:
     noise: Tensor | None
     factor: InverseFactor
 
+    def times_moments(self, thin: Tensor) -> Tensor:
+        """H @ thin [K, n], H damped as in the factor."""
+        return torch.addmm(thin, self.moments, thin, beta=self.factor.ridge)
+
 
 def pose(W: Tensor, transform: InputTransform, moments: Tensor, noise: Tensor | None, *, damping: float, act_order: bool) -> Problem:
     """The problem of W [N, K] under second moments [K, K] and noise [K] of the transformed input. Raises UserError as `inverse_factor`."""
@@ -52,20 +58,32 @@ def pose(W: Tensor, transform: InputTransform, moments: Tensor, noise: Tensor | 
     return Problem(W, transform, transformed, _aimed(transformed, noise, factor), moments, noise, factor)
 
 
+def with_damping(problem: Problem, damping: float, *, act_order: bool) -> Problem:
+    """The same problem under another damping. Raises UserError as `inverse_factor`."""
+    factor = inverse_factor(problem.moments, damping=damping, act_order=act_order, noise=problem.noise)
+    return replace(problem, target=_aimed(problem.transformed, problem.noise, factor), factor=factor)
+
+
+def with_rows(problem: Problem, rows: Tensor) -> Problem:
+    """The same problem for some of the outputs [M] int64."""
+    return replace(problem, W=problem.W[rows], transformed=problem.transformed[rows], target=problem.target[rows])
+
+
 def _aimed(X: Tensor, noise: Tensor | None, factor: InverseFactor) -> Tensor:
     """X H (H + D)^-1 = X - X D (H + D)^-1, for X [M, K]."""
     return X if noise is None else X - factor.divide(X * noise)
 
 
-def first_branch(problem: Problem, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The branch, as stored, that leaves least to be lost to the noise. Raises UserError as `weighted_low_rank_factors`."""
+def first_branch(problem: Problem, rank: int, *, seed: int, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The branch, as stored, that leaves least to be lost to the noise; start [N, r]: `up` of the plain one. Raises UserError as
+    `weighted_low_rank_factors`."""
     D = problem.noise
 
     def times_lost(thin: Tensor) -> Tensor:
         noisy = D[:, None] * thin
         return noisy - D[:, None] * problem.factor.divide(noisy.T).T
 
-    return _stored(problem, *weighted_low_rank_factors(problem.transformed, times_lost, rank, seed=seed))
+    return _stored(problem, *weighted_low_rank_factors(problem.transformed, times_lost, rank, seed=seed, start=start))
 
 
 def rounded_by_gptq(
@@ -96,7 +114,7 @@ def refit_branch(problem: Problem, layer: LayerFactors, *, seed: int) -> LayerFa
     """
     lost = problem.transformed - layer.precision.weight.decode(layer.codes, layer.scales)
     rank = layer.proj_down.shape[1]
-    factors = weighted_low_rank_factors(lost, problem.moments.matmul, rank, seed=seed, start=layer.proj_up)
+    factors = weighted_low_rank_factors(lost, problem.times_moments, rank, seed=seed, start=layer.proj_up)
     proj_down, proj_up = _stored(problem, *factors)
     offset = problem.transform.offset(problem.W, proj_down, proj_up)
     return replace(layer, proj_down=proj_down, proj_up=proj_up, offset=offset)
