@@ -39,7 +39,7 @@ def _per_bin(quantized: Quantized, factors: Callable[[int], LayerFactors], bins:
 
 def _changed(activations: Activations, change: Callable[[str, Tensor], Tensor]) -> Activations:
     """The same with each tensor changed, by its name."""
-    return Activations(lambda name: change(name, activations._load(name)), activations._bins)
+    return Activations(lambda name: change(name, activations.load(name)), activations.bins)
 
 
 # --- smoothing ------------------------------------------------------------------------------------------------------------
@@ -168,6 +168,7 @@ IDEAS: dict[str, Recipe] = {
     "beta_0.5": changed(smooth={"alpha": 0.7, "beta": 0.5}),
     "alpha_to_0.9": changed(smooth={"candidates": [0.5, 0.6, 0.7, 0.8, 0.9]}),
     "gradient_120": changed(smooth={"gradient_steps": 120}),
+    "rotation_16": changed(rotate={"blocks": [0, 16]}),
     "mean_per_bin": mean_per_bin,
     "mean_correction": mean_correction,
     "noise_0.5": changed(gptq={"noise": 0.5}),

@@ -147,10 +147,12 @@ def layers(options: argparse.Namespace) -> Iterator[Layer]:
 
 
 def run(options: argparse.Namespace) -> Iterator[Result]:
+    runs = [(recipe, fmt) for fmt, recipe in product(options.formats, options.recipes) if recipe in OURS or fmt in PEERS[recipe].formats]
+    for recipe, fmt in runs:
+        measure(seeded_layer("mild", 256, 0, tokens_per_column=4), recipe, fmt)  # what only the first call pays
     for layer in layers(options):
-        for fmt, recipe in product(options.formats, options.recipes):
-            if recipe in OURS or fmt in PEERS[recipe].formats:
-                yield measure(layer, recipe, fmt)
+        for recipe, fmt in runs:
+            yield measure(layer, recipe, fmt)
 
 
 def parse() -> argparse.Namespace:

@@ -86,8 +86,9 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _statistics(tokens: Tensor, held_out: Tensor) -> Activations:
-    """What capture would keep of one timestep bin; the last of the calibration tokens are for validation, and in nothing else."""
-    calibration, validation = tokens[:-SEARCH], tokens[-SEARCH:]
+    """What capture would keep of one timestep bin; of the calibration tokens the last eighth is for validation, and in nothing else."""
+    kept_back = min(SEARCH, len(tokens) // 8)
+    calibration, validation = tokens[:-kept_back], tokens[-kept_back:]
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
     centred = calibration - mean
     H = centred.T @ centred / len(centred)

@@ -158,8 +158,9 @@ class Share:
                 found = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
                 yield positions, found if states is None else found.with_hidden_states(states.to(found.hidden_states.device))
 
+        plans: dict[str, SitePlan] = {}  # the same in every block
         for index in self.blocks:
-            sums = Sums(self, index, calls)
+            sums = Sums(self, index, calls, plans)
             for n, (_, output) in enumerate(replay_block(model.block(index), WAN_SITES, inputs(), sums.see)):
                 hidden[n] = output.cpu()  # in place of this block's input: at the real size all of them are 16 GB
             sums.save(folder / block_name(index))
@@ -171,15 +172,18 @@ class Share:
 class Sums:
     """The statistics of one block's sites over one share's calls."""
 
-    def __init__(self, share: Share, block: int, calls: list[Call]):
-        self.share, self.block, self.calls = share, block, calls
+    def __init__(self, share: Share, block: int, calls: list[Call], plans: dict[str, SitePlan]):
+        """plans: by site, of whichever blocks were seen before; what is missing is added."""
+        self.share, self.block, self.calls, self.plans = share, block, calls, plans
         self.sites: dict[str, SiteStatistics] = {}
 
     def see(self, site: str, x: torch.Tensor, positions: range) -> None:
         """Take in a site's input x [B, T, K] for the calls at some positions."""
+        if site not in self.plans:
+            self.plans[site] = self._plan(site, x.shape[1])
         if site not in self.sites:
             where = f"{self.share.expert} block {self.block} {site}"
-            self.sites[site] = SiteStatistics(x.shape[-1], self._plan(site, x.shape[1]), x.device.type, where)
+            self.sites[site] = SiteStatistics(x.shape[-1], self.plans[site], x.device.type, where)
         self.sites[site].add(x, [self.calls[i] for i in positions], positions)
 
     def save(self, folder: Path) -> None:

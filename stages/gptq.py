@@ -10,7 +10,7 @@ import torch
 from stages import artifacts
 from stages.blocks import Block, Factors, Record, precision_of, run_blocks, site_branch, site_transform
 from stages.common import Expert, ParamsFile, Stage, open_stage
-from stepquant.calibration.activations import site_folder, tokens_per_column
+from stepquant.calibration.activations import FEW_TOKENS, site_folder, tokens_per_column
 from stepquant.commands import command, main
 from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
@@ -21,7 +21,6 @@ from stepquant.quantize.refine import Problem, first_branch, pose, refit_branch,
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
-FEW_TOKENS = 4  # per column
 UNCLIPPED = ClipCandidate(1.0, 0)
 
 

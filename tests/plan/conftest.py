@@ -8,6 +8,8 @@ import torch
 
 from benchmarks.make_shape import EXPERT, Calls, Shape, make_shape
 from stages import common
+from stepquant.plan.command import make_run
+from stepquant.profiles import read_profiles
 
 SHAPE = Shape(blocks=2, width=256, ffn=512, heads=2, text_dim=128)
 CALLS = Calls(calibration=2, validation=1, heldout=1, steps=4, frames=2, height=8, width=8, text=32)
@@ -30,3 +32,11 @@ def made(tmp_path_factory) -> Path:
 
 def run(stage: str, **arguments: str) -> None:
     getattr(importlib.import_module(f"stages.{stage}"), stage)(**arguments, params=Path("params.yaml"))
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """The profile of the real model with all steps, in a folder where nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
+    return make_run(tmp_path / "params.yaml")

@@ -14,14 +14,6 @@ from stepquant.profiles import read_profiles
 A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 
 
-@pytest.fixture
-def real(tmp_path, monkeypatch):
-    """The profile of the real model with all steps, in a folder where nothing else is."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
-    return make_run(tmp_path / "params.yaml")
-
-
 def test_the_known_model_has_the_parameters_of_its_class(real):
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(Shape(blocks=40).config())

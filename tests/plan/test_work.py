@@ -1,22 +1,13 @@
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stepquant.plan import work
-from stepquant.plan.command import make_run
 from stepquant.plan.rates import GPUS
-from stepquant.profiles import read_profiles
 
 # A machine that does one operation a second and moves bytes in no time: seconds are operations.
 SLOW = replace(GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, per_weight=0, disk=float("inf"), hash=float("inf"))
-
-
-@pytest.fixture
-def real(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
-    return make_run(Path("params.yaml"))
 
 
 def site(expert, name):
@@ -78,6 +69,16 @@ def test_memory_does_not_grow_with_blocks(real):
     for stage in (work.capture, work.lowrank, work.gptq, work.clip):
         many = stage(real, real.experts[0], SLOW)
         assert stage(few, few.experts[0], SLOW).device == pytest.approx(many.device, rel=0.01)
+
+
+def test_what_goes_to_an_object_store_is_not_on_disk(real):
+    """Trajectories and activations, whose names are all that is left here."""
+    storage = SimpleNamespace(url="s3://bucket/prefix")
+    remote = replace(real, knob=lambda section, *expert: storage if section == "storage" else real.knob(section, *expert))
+    here, there = ({cost.stage: cost.out for cost in work.stage_costs(run, SLOW)} for run in (real, remote))
+    moved = {"trajectories", "capture@high_noise", "capture@low_noise"}
+    assert all(here[stage] > 1e9 for stage in moved)
+    assert there == here | dict.fromkeys(moved, 0)
 
 
 def test_on_a_cpu_the_host_holds_it_all(real):

@@ -28,6 +28,7 @@ import torch
 from stepquant.calibration.arrays import open_group, read_tensor, write_group
 
 SAMPLES = ("search", "validation", "heldout")
+FEW_TOKENS = 4  # per column: with fewer, second moments are warned of (docs/calibration.md)
 
 
 class Activations:
@@ -38,38 +39,38 @@ class Activations:
 
     def __init__(self, load: Callable[[str], torch.Tensor], bins: int):
         """load: gives a tensor of the header by its name, float32."""
-        self._load, self._bins = load, bins
+        self.load, self.bins = load, bins
 
     @property
     def shift(self) -> torch.Tensor:
-        return self._load("shift")
+        return self.load("shift")
 
     @property
     def second_moment(self) -> torch.Tensor:
-        return self._load("second_moment")
+        return self.load("second_moment")
 
     @property
     def absmax(self) -> torch.Tensor:
-        return self._load("absmax")
+        return self.load("absmax")
 
     @property
     def mean(self) -> torch.Tensor:
-        return self._load("mean")
+        return self.load("mean")
 
     @property
     def search(self) -> list[torch.Tensor]:
         """One tensor per bin."""
-        return [self._load(f"search.{b}") for b in range(self._bins)]
+        return [self.load(f"search.{b}") for b in range(self.bins)]
 
     @property
     def validation(self) -> list[torch.Tensor]:
         """One tensor per bin."""
-        return [self._load(f"validation.{b}") for b in range(self._bins)]
+        return [self.load(f"validation.{b}") for b in range(self.bins)]
 
     @property
     def heldout(self) -> list[torch.Tensor]:
         """One tensor per bin."""
-        return [self._load(f"heldout.{b}") for b in range(self._bins)]
+        return [self.load(f"heldout.{b}") for b in range(self.bins)]
 
     def second_moment_about(self, point: torch.Tensor) -> torch.Tensor:
         """Mean of (x - point)(x - point)ᵀ, float32 [K, K], each bin weighing the same; about 0 it is that of x itself."""

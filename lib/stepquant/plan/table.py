@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from stepquant.calibration.activations import FEW_TOKENS
 from stepquant.plan import sizes
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine
 from stepquant.plan.run import ASSUMED_PROMPTS, Run, summed_tokens
 from stepquant.plan.work import stage_costs
 
 SAMPLING = ("trajectories", "generate")
-FEW_TOKENS = 4  # per column; stage gptq warns below it
 
 # Which parameter makes a stage smaller. Weights of a whole expert have to fit where videos are sampled.
 SAMPLE_ELSEWHERE = "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"

@@ -49,7 +49,7 @@ def stage_costs(run: Run, machine: Machine) -> list[Cost]:
     recorded, shown = run.recorded_prompts, run.prompts["evaluation"]
     whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
     packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
-    costs = [sampling(run, machine, "trajectories", recorded, whole, sizes.trajectories(run).bytes)]
+    costs = [sampling(run, machine, "trajectories", recorded, whole, on_disk(run, sizes.trajectories(run).bytes))]
     for stage in (capture, lowrank, gptq, clip):
         costs += [stage(run, expert, machine) for expert in run.experts]
     costs.append(pack(run, machine))
@@ -85,7 +85,7 @@ def capture(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
     device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, settings.calls_per_chunk)
     seconds = (forward / machine.bf16 + moments / machine.moments) / workers + disk
     held = workers * min(settings.calls_per_share, expert.all_calls) * hidden
-    return _cost(f"capture@{expert.name}", seconds, device, machine, kept, scratch, host=held)
+    return _cost(f"capture@{expert.name}", seconds, device, machine, on_disk(run, kept), scratch, host=held)
 
 
 def lowrank(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
@@ -144,6 +144,11 @@ def pack(run: Run, machine: Machine) -> Cost:
     block = max(sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts)
     rest = max(expert.rest_bytes for expert in run.experts)
     return Cost("pack@full", packed * (2 / machine.disk), PROCESS_BYTES + 2 * max(block, rest), 0, packed)
+
+
+def on_disk(run: Run, size: float) -> float:
+    """Bytes of trajectories or activations that stay on this machine's disk: none where an object store has them."""
+    return size if run.knob("storage").url is None else 0
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------------
