@@ -5,7 +5,7 @@
 
 Every stage is a process of its own, started from a parent that has hardly any memory of its own. What is read is ru_maxrss of
 os.wait4: the kernel's high-water mark of the process's resident set, which counts mapped pages of weight files as well. Search
-and refits are cut to one alpha, one refit and 256 tokens a sample, which changes the time, not the peak.
+and refits are cut to one alpha, two dampings, one refit and 256 tokens a sample, which changes the time, not the peak.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def shorten(params: Path) -> None:
     import yaml
 
     values = yaml.safe_load(params.read_text())
-    values["smooth"]["candidates"], values["gptq"]["refits"] = [0.5], 1
+    values["smooth"]["candidates"] = [0.5]
+    values["gptq"] |= {"refits": 1, "dampings": values["gptq"]["dampings"][:2]}
     values["capture"] |= {"search_tokens": 256, "heldout_tokens": 256}
     params.write_text(yaml.safe_dump(values, sort_keys=False))
 

@@ -56,9 +56,8 @@ def damped_problem(stage: Stage, block: Block, site: Site) -> tuple[Problem, lis
     moments, noise = transform.moments(activations.second_moment_about(transform.mean)), None
     if settings.noise:
         noise = settings.noise * rounding_noise(activations.search, transform, precision_of(stage["format"]))
-    first = pose(block.weight(site), transform, moments, noise, damping=settings.dampings[0], act_order=settings.act_order)
-    branch, rows = site_branch(block, site, "lowrank"), judged_rows(first.W, stage["lowrank"].rank)
-    tokens = activations.validation if len(settings.dampings) > 1 else []
+    W, branch = block.weight(site), site_branch(block, site, "lowrank")
+    tokens, rows = activations.validation if len(settings.dampings) > 1 else [], judged_rows(W, stage["lowrank"].rank)
 
     def error(problem: Problem) -> float:
         """Mean square of the relative output error over bins, of some rows rounded once."""
@@ -66,7 +65,9 @@ def damped_problem(stage: Stage, block: Block, site: Site) -> tuple[Problem, lis
         layer = round_under(stage, part)(*start_branch(stage, part, (branch[0], branch[1][rows])))
         return clip_errors(tokens, part.W, layer, [UNCLIPPED]).square().mean().item()
 
-    return search_damping(first, settings.dampings, error, act_order=settings.act_order)
+    # The first problem has no name here: the search lets go of it once a better one is found, 1 GB at 13,824 channels.
+    first = partial(pose, W, transform, moments, noise, damping=settings.dampings[0], act_order=settings.act_order)
+    return search_damping(first(), settings.dampings, error, act_order=settings.act_order)
 
 
 def start_branch(stage: Stage, problem: Problem, searched: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,7 @@ def stored_factors(layer: LayerFactors) -> Factors:
 
 
 def warn_of_few_tokens(expert: str, site: Site) -> None:
-    """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/recipe.md)."""
+    """Say so when second moments rest on so few tokens that GPTQ fits their noise (docs/calibration.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
         remedy = "raise trajectories.calibration_prompts"
