@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py                                                                  the ablation in every format
     python benchmarks/end_to_end.py --recipes default paper --variants full --prompts 24             against the paper's recipe
-    python benchmarks/end_to_end.py --recipes gptq.noise=0,gptq.damping=0.01 default gptq.noise=1 --skip 24 --prompts 16 --formats int4 \
-        --variants full                                    for choosing: on prompts that no reported number uses
+    python benchmarks/end_to_end.py --recipes gptq.noise=0 default gptq.noise=1 --skip 24 --prompts 16 --formats int4 --variants full
+                                                           for choosing: on prompts that no reported number uses
 
 Sampling and capture run once, since they know neither. Weights and activations get the same format. Of several recipes each
 is compared with the first, video by video: the difference of PSNR in dB with its bootstrap interval.
@@ -59,6 +59,10 @@ def differences(records: list[Record], first: list[Record]) -> dict[str, dict[st
 def show(name: str, records: list[Record], first: tuple[str, list[Record]] | None) -> None:
     print(f"\n{name}")
     Console().print(rich_table(brief_table(records)))
+    for record in records:
+        if record.format:
+            psnr = record.videos.psnr
+            print(f"{record.variant}: {psnr.mean:.1f} dB [{psnr.low:.1f}, {psnr.high:.1f}]")
     if first is not None:
         for variant, d in differences(records, first[1]).items():
             print(f"{variant}: {d['mean']:+.2f} dB [{d['low']:+.2f}, {d['high']:+.2f}] against {first[0]}")

@@ -173,7 +173,7 @@ def test_hopeless_second_moments_are_refused(layer):
     scales = weight_scales(fmt, W, rounding="ceil")
     H = torch.eye(128)
     H[0, 1] = H[1, 0] = 1e8
-    with pytest.raises(UserError, match="not positive definite.*gptq.damping"):
+    with pytest.raises(UserError, match="not positive definite.*gptq.dampings"):
         rounded(W, H, scales, fmt, damping=0.01, act_order=False)
 
 

@@ -20,7 +20,7 @@ from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 # Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
 # moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
 LOWRANK = (2, 2, 3, 2)
-GPTQ = (5, 6, 0, 0)
+GPTQ = (6, 6, 0, 0)
 CLIP = (3, 0, 3, 3)
 # A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
