@@ -65,7 +65,7 @@ def damped_problem(stage: Stage, block: Block, site: Site) -> tuple[Problem, lis
         layer = round_under(stage, part)(*start_branch(stage, part, (branch[0], branch[1][rows])))
         return clip_errors(tokens, part.W, layer, [UNCLIPPED]).square().mean().item()
 
-    # The first problem has no name here: the search lets go of it once a better one is found, 1 GB at 13,824 channels.
+    # The first problem has no name here: the search lets go of it once a better one is found, 0.8 GB at 13,824 channels.
     first = partial(pose, W, transform, moments, noise, damping=settings.dampings[0], act_order=settings.act_order)
     return search_damping(first(), settings.dampings, error, act_order=settings.act_order)
 

@@ -37,10 +37,10 @@ def test_operations_of_the_factor_stages(real):
         thin = 10 * 2 * (32 + 10)  # ten products with 42 columns
         lowrank += (5 + 1.5) * 2 * rows * s.weights + (3 + 1) * thin * s.weights  # what gradients found is judged on half of the tokens
         refit = 2 * (32 + 10) * (4 * s.weights + 3 * s.K**2)
-        aim = 2 / 3 * s.K**3 + 2 * s.weights * (s.K + 1024)
         part = 256 * s.K
-        trial = part * s.K + 2 * (32 + 10) * (4 * part + 3 * s.K**2) + 2 * 2 * (rows if s.per_bin else 512) * part
-        gptq += 2.4 * (aim + trial) + 3 * s.weights * s.K + 4 * refit  # the first branch is a fit as well
+        aimed = 2 / 3 * s.K**3 + 2 * part * (s.K + 1024)
+        trial = aimed + part * s.K + 2 * (32 + 10) * (4 * part + 3 * s.K**2) + 2 * 2 * (rows if s.per_bin else 512) * part
+        gptq += 2.4 * trial + 2 * s.weights * (s.K + 1024) + 3 * s.weights * s.K + 4 * refit  # the first branch is a fit as well
         clip += 7 * 2 * rows * s.weights
     for stage, expected in (("lowrank", lowrank), ("gptq", gptq), ("clip", clip)):
         assert getattr(work, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)

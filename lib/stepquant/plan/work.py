@@ -20,7 +20,7 @@ from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 # Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
 # moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
 LOWRANK = (2, 2, 3, 2)
-GPTQ = (6, 6, 0, 0)
+GPTQ = (5, 6, 0, 0)
 CLIP = (3, 0, 3, 3)
 # A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
@@ -121,7 +121,7 @@ def gptq(run: Run, expert: ExpertRun, machine: Machine) -> Cost:
         flops = tried * 2 / 3 * site.K**3 + refits * fit  # Cholesky, and the inverse of its triangle
         flops += tried * 2 * validation_rows(run, expert, site) * site.K * 2 * judged  # reference and output
         if settings.noise:  # two products with a triangle, in panels; the first branch
-            flops += tried * (2 * site.weights * (site.K + TRIANGLE) + thin_fit) + fit
+            flops += 2 * (site.weights + tried * judged * site.K) * (site.K + TRIANGLE) + tried * thin_fit + fit
         return flops / machine.fp32 + passes * one_pass(site, site.N) + tried * (one_pass(site, judged) if judged else 0)
 
     device = _worst(run, expert, GPTQ, lambda site: 0)

@@ -18,6 +18,7 @@ What the noise is worth: docs/recipe.md.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,17 +35,21 @@ from stepquant.quantize.transform import InputTransform
 class Problem:
     """A weight to be rounded, and for which inputs.
 
-    W float32 [N, K] as in the model; transformed [N, K]; target [N, K]: (transformed) H (H + D)^-1; moments [K, K]: H of the
-    transformed input; noise [K]: D, None without; factor: of H + D.
+    W float32 [N, K] as in the model; transformed [N, K]; moments [K, K]: H of the transformed input; noise [K]: D, None without;
+    factor: of H + D.
     """
 
     W: Tensor
     transform: InputTransform
     transformed: Tensor
-    target: Tensor
     moments: Tensor
     noise: Tensor | None
     factor: InverseFactor
+
+    @cached_property
+    def target(self) -> Tensor:
+        """(transformed) H (H + D)^-1 [N, K]; made when asked for, because two products with a triangle are a tenth of all the work."""
+        return _aimed(self.transformed, self.noise, self.factor)
 
     def times_moments(self, thin: Tensor) -> Tensor:
         """H @ thin [K, n], H damped as in the factor."""
@@ -54,19 +59,17 @@ class Problem:
 def pose(W: Tensor, transform: InputTransform, moments: Tensor, noise: Tensor | None, *, damping: float, act_order: bool) -> Problem:
     """The problem of W [N, K] under second moments [K, K] and noise [K] of the transformed input. Raises UserError as `inverse_factor`."""
     factor = inverse_factor(moments, damping=damping, act_order=act_order, noise=noise)
-    transformed = transform.weight(W)
-    return Problem(W, transform, transformed, _aimed(transformed, noise, factor), moments, noise, factor)
+    return Problem(W, transform, transform.weight(W), moments, noise, factor)
 
 
 def with_damping(problem: Problem, damping: float, *, act_order: bool) -> Problem:
     """The same problem under another damping. Raises UserError as `inverse_factor`."""
-    factor = inverse_factor(problem.moments, damping=damping, act_order=act_order, noise=problem.noise)
-    return replace(problem, target=_aimed(problem.transformed, problem.noise, factor), factor=factor)
+    return replace(problem, factor=inverse_factor(problem.moments, damping=damping, act_order=act_order, noise=problem.noise))
 
 
 def with_rows(problem: Problem, rows: Tensor) -> Problem:
     """The same problem for some of the outputs [M] int64."""
-    return replace(problem, W=problem.W[rows], transformed=problem.transformed[rows], target=problem.target[rows])
+    return replace(problem, W=problem.W[rows], transformed=problem.transformed[rows])
 
 
 def _aimed(X: Tensor, noise: Tensor | None, factor: InverseFactor) -> Tensor:
