@@ -23,7 +23,7 @@ from stepquant.calibration.activations import Activations
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import Site
 from stepquant.params import section
-from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
+from stepquant.quantize.clip import UNCLIPPED, ClipCandidate, choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.layer import LayerFactors, Precision, exact_path, layer_output, relative_error, round_input
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.refine import pose, rounded_by_gptq
@@ -35,7 +35,6 @@ SECTIONS = ("format", "smooth", "centre", "rotate", "lowrank", "gptq", "clip")
 SITE = Site("layer", ())
 RANK = 32
 REFINEMENTS = 10
-UNCLIPPED = ClipCandidate(1.0, 0)
 
 
 @dataclass(frozen=True)

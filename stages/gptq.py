@@ -14,14 +14,13 @@ from stepquant.calibration.activations import FEW_TOKENS, site_folder, tokens_pe
 from stepquant.commands import command, main
 from stepquant.formats import Scales, pack_nibbles, weight_scales
 from stepquant.models.sites import WAN_SITES, Site
-from stepquant.quantize.clip import ClipCandidate, clip_errors
+from stepquant.quantize.clip import UNCLIPPED, clip_errors
 from stepquant.quantize.damping import judged_rows, search_damping
 from stepquant.quantize.layer import LayerFactors, Precision, rounding_noise
 from stepquant.quantize.refine import Problem, first_branch, pose, refit_branch, rounded_by_gptq, with_rows
 from stepquant.quantize.scales import scales_by_error
 
 READS = ("compute", "format", "lowrank", "gptq")
-UNCLIPPED = ClipCandidate(1.0, 0)
 
 
 @command

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
-from stepquant.quantize.clip import ClipCandidate, clip_errors
+from stepquant.quantize.clip import UNCLIPPED, clip_errors
 from stepquant.quantize.damping import JUDGED_ROWS, judged_rows, search_damping
 from stepquant.quantize.layer import rounding_noise
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
@@ -32,7 +32,7 @@ def error_on(tokens, W):
     def error(problem):
         branch = first_branch(problem, 8, seed=0, start=up)
         layer = rounded_by_gptq(problem, *branch, precision("int4"), partial(scales_by_error, get_format("int4")))
-        return clip_errors([tokens], W, layer, [ClipCandidate(1.0, 0)]).square().item()
+        return clip_errors([tokens], W, layer, [UNCLIPPED]).square().item()
 
     return error
 

@@ -92,12 +92,8 @@ class Run:
     def prompts(self) -> dict[str, int]:
         """Prompts per split: as the params say, as the manifest of prompts has, or as assumed."""
         trajectories, generate = self.knob("trajectories"), self.knob("generate")
-        return {
-            "calibration": _count(trajectories.calibration_prompts, Path(trajectories.manifest), "calibration"),
-            "validation": _count(trajectories.validation_prompts, Path(trajectories.manifest), "validation"),
-            "heldout": _count(trajectories.heldout_prompts, Path(trajectories.manifest), "heldout"),
-            "evaluation": _count(generate.prompts, Path(generate.manifest), "evaluation"),
-        }
+        recorded = {split: _count(getattr(trajectories, f"{split}_prompts"), Path(trajectories.manifest), split) for split in RECORDED}
+        return recorded | {"evaluation": _count(generate.prompts, Path(generate.manifest), "evaluation")}
 
     @property
     def recorded_prompts(self) -> int:

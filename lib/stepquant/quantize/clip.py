@@ -23,6 +23,9 @@ class ClipCandidate:
     exponent_offset: int
 
 
+UNCLIPPED = ClipCandidate(1.0, 0)
+
+
 @dataclass(frozen=True)
 class ClipChoice:
     """Positions in the list of candidates: the best one of each bin, and the best one for all bins together."""
