@@ -23,10 +23,10 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkout import Checkout, temporary_checkout
-from stages import artifacts
-from stages.common import read_json
-from stages.evaluate import layer_errors
+from stages import _artifacts as artifacts
 from stepquant.evaluate.layers import LayerError
+from stepquant.evaluate.packed_layers import layer_errors
+from stepquant.models.manifest import read_manifest
 from stepquant.params import section
 
 VARIANT = "full"
@@ -49,7 +49,7 @@ def layer_errors_of(checkout: Checkout, folder: Path) -> list[LayerError]:
     os.chdir(folder)
     compute = section(Path("params.yaml"), "compute")
     torch.set_num_threads(compute.threads)
-    return list(layer_errors({"compute": compute}, read_json(artifacts.MODEL), VARIANT))
+    return list(layer_errors(read_manifest(artifacts.MODEL), compute, artifacts.checkpoint(VARIANT), artifacts.activations))
 
 
 def means(errors: Iterable[LayerError]) -> dict[str, float]:

@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.make_shape import EXPERT, add_options, from_options, make_shape
-from stepquant.calibration.capture import replay_block
-from stepquant.calibration.statistics import SiteStatistics, plan_site
+from stepquant.calibration.observer import SiteObserver, plan_sampling
+from stepquant.calibration.replay import replay_block
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.bins import make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
@@ -38,8 +38,8 @@ def accumulating(trajectories: Trajectories, stride: int) -> Callable[[str, torc
 
     def see(site: str, x: torch.Tensor, positions: range) -> None:
         if site not in statistics:
-            plan = plan_site(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0, stride=stride)
-            statistics[site] = SiteStatistics(x.shape[-1], plan, "cpu", site)
+            plan = plan_sampling(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0, stride=stride)
+            statistics[site] = SiteObserver(x.shape[-1], plan, "cpu", site)
         statistics[site].add(x, [calls[i] for i in positions], positions)
 
     return see
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scratch, 1.2 GB")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--strides", nargs="+", type=int, default=[1, 4], help="values of capture.moment_stride")
+    parser.add_argument("--strides", nargs="+", type=int, default=[1, 4], help="values of capture.hessian_stride")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     add_options(parser)

@@ -20,19 +20,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkout import Checkout, temporary_checkout
-from stages import artifacts
-from stages.common import read_json
-from stages.evaluate import layer_errors
-from stages.pipeline import ready_to_sample, source_pipeline
-from stages.trajectories import record
-from stepquant.calibration.arrays import group_metadata
-from stepquant.calibration.prompts import recorded_prompts
+from stages import _artifacts as artifacts
+from stepquant.calibration.trajectories import record_prompt
 from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.compute.progress import track
-from stepquant.compute.units import UnitStore, content_key, gather
-from stepquant.evaluate.records import Record, read_records
+from stepquant.compute.units import UnitStore, gather
+from stepquant.evaluate.metrics_file import Record, read_records
+from stepquant.evaluate.packed_layers import layer_errors
 from stepquant.evaluate.summary import Bootstrap, interval, paired_difference
+from stepquant.models.manifest import read_manifest
+from stepquant.models.prompts import recorded_prompts
+from stepquant.models.sampling import ready_to_sample, source_pipeline
 from stepquant.params import section
+from stepquant.storage.digests import content_key
+from stepquant.storage.zarr_groups import group_metadata
 
 PARAMS, VARIANT, EXPERT = Path("params.yaml"), "full", "low_noise"
 
@@ -41,11 +42,11 @@ def record_behind_quantized() -> None:
     """Replace the recorded trajectories by those of the packed high-noise expert followed by the source's low-noise one."""
     sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
     pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
-    pipe.transformer_2 = source_pipeline(read_json(artifacts.MODEL), section(PARAMS, "compute"), sampling).transformer_2
+    pipe.transformer_2 = source_pipeline(read_manifest(artifacts.MODEL), section(PARAMS, "compute"), sampling).transformer_2
     prompts = recorded_prompts(settings)
     store, units = UnitStore(Path(".units/chained")), {}
     for prompt in track(prompts, "trajectories"):
-        units[prompt.id] = store.make(content_key(prompt=prompt.digest()), lambda folder: record(pipe, sampling, prompt, folder))
+        units[prompt.id] = store.make(content_key(prompt=prompt.digest()), lambda folder: record_prompt(pipe, sampling, prompt, folder, None))
     digests = {name: unit.digest for name, unit in units.items()}
     gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
 
@@ -56,7 +57,7 @@ def run(checkout: Checkout, *command: str) -> None:
 
 def low_noise_error() -> float:
     """Geometric mean over the low-noise expert's sites and bins, on the held-out tokens of its activations as they are now."""
-    errors = layer_errors({"compute": section(PARAMS, "compute")}, read_json(artifacts.MODEL), VARIANT)
+    errors = layer_errors(read_manifest(artifacts.MODEL), section(PARAMS, "compute"), artifacts.checkpoint(VARIANT), artifacts.activations)
     return geometric_mean(error.error for error in errors if error.expert == EXPERT)
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkout import Checkout, temporary_checkout
-from stepquant.evaluate.records import Record, read_records
+from stepquant.evaluate.metrics_file import Record, read_records
 from stepquant.evaluate.summary import Bootstrap, paired_difference
 from stepquant.params import section
 from stepquant.report.tables import brief_table, rich_table

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.layers import Layer
-from benchmarks.recipes import SITE, OneLayer, Quantized, Recipe, Stage, changed, clipped, factored, pipeline, rounded
-from stages.blocks import precision_of, site_branch, site_layer
-from stages.gptq import choose_scales, damped_problem, rounded_in_turn, stored_factors
-from stepquant.calibration.activations import Activations
+from benchmarks.recipes import Quantized, Recipe, Settings, changed, clipped, pipeline
 from stepquant.quantize.clip import ClipCandidate, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
-from stepquant.quantize.layer import LayerFactors, layer_output, round_input
+from stepquant.quantize.quantized_layer import QuantizedLayer, fake_quantize_input, layer_output
+from stepquant.recipe.factor import factor_site
+from stepquant.recipe.round import alternate, choose_scales, damped_problem, round_site
+from stepquant.recipe.site_statistics import SiteStatistics
 
 GPTAQ_DAMPING = 0.001
 
@@ -33,13 +33,13 @@ class PerBin:
         return self.bins[b].outputs(x, W, 0)
 
 
-def _per_bin(quantized: Quantized, factors: Callable[[int], LayerFactors], bins: int) -> PerBin:
+def _per_bin(quantized: Quantized, factors: Callable[[int], QuantizedLayer], bins: int) -> PerBin:
     return PerBin([Quantized(factors(b), [quantized.clips[b % len(quantized.clips)]]) for b in range(bins)])
 
 
-def _changed(activations: Activations, change: Callable[[str, Tensor], Tensor]) -> Activations:
+def _changed(activations: SiteStatistics, change: Callable[[str, Tensor], Tensor]) -> SiteStatistics:
     """The same with each tensor changed, by its name."""
-    return Activations(lambda name: change(name, activations.load(name)), activations.bins)
+    return SiteStatistics(lambda name: change(name, activations.load(name)), activations.bins)
 
 
 # --- smoothing ------------------------------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def _changed(activations: Activations, change: Callable[[str, Tensor], Tensor]) 
 def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
     """Smoothing by each channel's absmax, averaged over bins instead of the largest."""
 
-    def averaged() -> Activations:
+    def averaged() -> SiteStatistics:
         return _changed(layer.activations(), lambda name, t: t.mean(0, keepdim=True) if name == "absmax" else t)
 
-    return pipeline(replace(layer, activations=averaged), fmt, smooth={"span": "absmax"})
+    return pipeline(replace(layer, activations=averaged), fmt, smooth={"magnitude": "absmax"})
 
 
 # --- means ----------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def mean_per_bin(layer: Layer, fmt: str) -> PerBin:
     """A mean and a bias per bin; codes, branch and clip as in the default."""
     quantized, means = pipeline(layer, fmt), layer.activations().mean.to(torch.bfloat16)
 
-    def factors(b: int) -> LayerFactors:
+    def factors(b: int) -> QuantizedLayer:
         transform = replace(quantized.factors.transform, mean=means[b])
         offset = transform.offset(layer.W, quantized.factors.proj_down, quantized.factors.proj_up)
         return replace(quantized.factors, transform=transform, offset=offset)
@@ -73,7 +73,7 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
     """The mean output error of each bin's search tokens taken off by a bias per bin."""
     quantized, search = pipeline(layer, fmt), layer.activations().search
 
-    def factors(b: int) -> LayerFactors:
+    def factors(b: int) -> QuantizedLayer:
         clip = quantized.clips[b % len(quantized.clips)]
         error = layer_output(search[b], quantized.factors, clip.ratio, clip.exponent_offset) - search[b] @ layer.W.T
         return replace(quantized.factors, offset=quantized.factors.offset - error.mean(0))
@@ -85,40 +85,39 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
 
 
 def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
-    """Codes aimed at noisy inputs, but from the branch of stage lowrank on instead of the one that leaves least to the noise."""
-    stage, block = factored(layer, fmt)
-    found = rounded_in_turn(stage, damped_problem(stage, block, SITE)[0], site_branch(block, SITE, "lowrank"))
-    block.keep("residual", stored_factors(found))
-    return clipped(stage, block)
+    """Codes for noisy inputs, but from the branch of the transform search on instead of the one that leaves least to the noise."""
+    settings, statistics = Settings.of(fmt), layer.activations()
+    factors = factor_site(layer.W, statistics, settings.factor)[0]
+    problem = damped_problem(layer.W, statistics, factors, settings.round)[0]
+    return clipped(layer, settings, alternate(problem, factors.branch, settings.round))
 
 
 def gptaq(layer: Layer, fmt: str) -> Quantized:
-    """A last GPTQ aimed at rounded inputs by the moments of rounded and unrounded calibration tokens, measured instead of modelled
+    """A last GPTQ for rounded inputs by the Hessians of rounded and unrounded calibration tokens, measured instead of modelled
     (GPTAQ, arXiv 2504.02692); on real sites, whose calibration tokens are not kept, the search tokens have to do."""
-    stage, block = rounded(*factored(layer, fmt))
-    final = site_layer(block, SITE, precision_of(stage["format"]))
-    tokens = torch.cat(block.activations(SITE).search) if layer.calibration is None else layer.calibration
+    settings, statistics = Settings.of(fmt), layer.activations()
+    factors = factor_site(layer.W, statistics, settings.factor)[0]
+    final = round_site(layer.W, statistics, factors, settings.round)[0].layer(factors.transform, settings.scheme)
+    tokens = torch.cat(statistics.search) if layer.calibration is None else layer.calibration
     z = final.transform.apply(tokens)
-    seen = round_input(z, final.precision, 1.0, 0)
-    H, cross = seen.T @ seen / len(seen), seen.T @ z / len(seen)
+    rounded = fake_quantize_input(z, final.scheme, 1.0, 0)
+    H, cross = rounded.T @ rounded / len(rounded), rounded.T @ z / len(rounded)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
     target = torch.linalg.solve(damped, cross @ final.transform.residual(layer.W, final.proj_down, final.proj_up).T).T
-    return _with_codes(stage, block, target, H)
+    return _with_codes(layer, settings, final, target, H)
 
 
-def _with_codes(stage: Stage, block: OneLayer, target: Tensor, H: Tensor) -> Quantized:
-    """The layer with the codes of GPTQ of `target` [N, K] under second moments H, its branch as it is."""
-    precision, settings = precision_of(stage["format"]), stage["gptq"]
-    final = site_layer(block, SITE, precision)
-    factor = inverse_factor(H, damping=GPTAQ_DAMPING, act_order=settings.act_order)
-    scales = choose_scales(settings.scales, precision, target)
-    factors = replace(final, codes=gptq(target, factor, scales, precision.weight), scales=scales)
-    return Quantized(factors, clipped(stage, block).clips)
+def _with_codes(layer: Layer, settings: Settings, final: QuantizedLayer, target: Tensor, H: Tensor) -> Quantized:
+    """The layer with the codes of GPTQ of `target` [N, K] under the Hessian H; branch, and clips, as they were."""
+    factor = inverse_factor(H, damping=GPTAQ_DAMPING, act_order=settings.round.gptq.act_order)
+    scales = choose_scales(settings.round.gptq.scales, final.scheme, target)
+    factors = replace(final, codes=gptq(target, factor, scales, final.scheme.weight), scales=scales)
+    return Quantized(factors, clipped(layer, settings, final).clips)
 
 
 def sorted_channels(layer: Layer, fmt: str) -> Quantized:
     """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
-    activations, s = layer.activations(), factored(layer, fmt)[1].factor("lowrank", f"{SITE.name}.smooth").float()
+    activations, s = layer.activations(), factor_site(layer.W, layer.activations(), Settings.of(fmt).factor)[0].smooth.float()
     order = (activations.variance_about(activations.mean.mean(0)).clamp(min=0).sqrt() / s).argsort()
     quantized = pipeline(_permuted(layer, order), fmt)
     return _Permuted(quantized, order)
@@ -136,8 +135,8 @@ class _Permuted:
 
 
 def _permuted(layer: Layer, order: Tensor) -> Layer:
-    def activations() -> Activations:
-        return _changed(layer.activations(), lambda name, t: t[order][:, order] if name == "second_moment" else t[..., order])
+    def activations() -> SiteStatistics:
+        return _changed(layer.activations(), lambda name, t: t[order][:, order] if name == "hessian" else t[..., order])
 
     calibration = None if layer.calibration is None else layer.calibration[:, order]
     return replace(layer, W=layer.W[:, order], activations=activations, calibration=calibration)
@@ -154,7 +153,7 @@ def continuous_clip(layer: Layer, fmt: str) -> Quantized:
     return Quantized(quantized.factors, clips)
 
 
-def _refined(x: Tensor, W: Tensor, factors: LayerFactors, clip: ClipCandidate, step: float = 0.05) -> ClipCandidate:
+def _refined(x: Tensor, W: Tensor, factors: QuantizedLayer, clip: ClipCandidate, step: float = 0.05) -> ClipCandidate:
     for _ in range(3):
         step /= 2
         tried = [replace(clip, ratio=clip.ratio + move) for move in (0.0, -step, step)]
@@ -168,7 +167,7 @@ IDEAS: dict[str, Recipe] = {
     "beta_0.5": changed(smooth={"alpha": 0.7, "beta": 0.5}),
     "alpha_to_0.9": changed(smooth={"candidates": [0.5, 0.6, 0.7, 0.8, 0.9]}),
     "gradient_120": changed(smooth={"gradient_steps": 120}),
-    "rotation_16": changed(rotate={"blocks": [0, 16]}),
+    "rotation_16": changed(rotate={"hadamard_sizes": [0, 16]}),
     "mean_per_bin": mean_per_bin,
     "mean_correction": mean_correction,
     "noise_0.5": changed(gptq={"noise": 0.5}),

@@ -33,7 +33,7 @@ from benchmarks.ideas import IDEAS
 from benchmarks.layers import KINDS, Layer, real_layers, seeded_layer
 from benchmarks.peers import PEERS, PeerLayer, skipped
 from benchmarks.recipes import RECIPES, Quantized
-from stepquant.quantize.layer import relative_error
+from stepquant.quantize.quantized_layer import relative_error
 
 OURS = RECIPES | IDEAS
 SEEDS = {"tuning": range(0, 3), "reporting": range(100, 103)}

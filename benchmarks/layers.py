@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.blocks import Block
-from stages.common import read_json
-from stages.expert import open_expert
-from stepquant.calibration.activations import Activations
+from stepquant.calibration.stored_block import StoredBlock
+from stepquant.models.expert import open_expert
+from stepquant.models.manifest import read_manifest
 from stepquant.models.sites import WAN_SITES
 from stepquant.params import Compute
+from stepquant.recipe.site_statistics import SiteStatistics
 
 HELD_OUT = 4096
 SEARCH = 2048
@@ -33,7 +33,7 @@ class Layer:
     group: str
     name: str
     W: Tensor
-    activations: Callable[[], Activations]
+    activations: Callable[[], SiteStatistics]
     calibration: Tensor | None
 
 
@@ -85,26 +85,26 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def _statistics(tokens: Tensor, held_out: Tensor) -> Activations:
+def _statistics(tokens: Tensor, held_out: Tensor) -> SiteStatistics:
     """What capture would keep of one timestep bin; of the calibration tokens the last eighth is for validation, and in nothing else."""
     kept_back = min(SEARCH, len(tokens) // 8)
     calibration, validation = tokens[:-kept_back], tokens[-kept_back:]
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
-    centred = calibration - mean
-    H = centred.T @ centred / len(centred)
-    kept = {"shift": mean, "second_moment": H, "absmax": absmax[None], "mean": mean[None]}
+    centered = calibration - mean
+    H = centered.T @ centered / len(centered)
+    kept = {"shift": mean, "hessian": H, "absmax": absmax[None], "mean": mean[None]}
     kept |= {"search.0": calibration[:SEARCH], "validation.0": validation, "heldout.0": held_out}
-    return Activations(kept.__getitem__, bins=1)
+    return SiteStatistics(kept.__getitem__, bins=1)
 
 
 def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
     """Every site of some blocks of every expert, from the folder that holds `artifacts` and the model they were made of."""
-    manifest = read_json(root / "artifacts/model/manifest.json")
-    manifest["source"] = str(root / manifest["source"])
+    manifest = read_manifest(root / "artifacts/model/manifest.json")
+    manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
     compute = Compute(device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0)
-    for expert in manifest["experts"]:
+    for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)
         for index in blocks:
-            block = Block(index, model, {"activations": root / f"artifacts/activations/{expert}.zarr"})
+            block = StoredBlock(index, model, {"activations": root / f"artifacts/activations/{expert}.zarr"})
             for site in WAN_SITES:
-                yield Layer(expert, f"{index} {site.name}", block.weight(site), partial(block.activations, site), None)
+                yield Layer(expert, f"{index} {site.name}", block.weight(site), partial(block.statistics, site), None)

@@ -29,11 +29,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from stepquant.calibration.arrays import group_metadata
 from stepquant.calibration.trajectories import write_trajectory
 from stepquant.compute.units import content_key, file_digests
-from stepquant.plan.run import timesteps
+from stepquant.plan.workload import timesteps
 from stepquant.profiles import read_profiles
+from stepquant.storage.zarr_groups import group_metadata
 
 EXPERT = "denoiser"
 STEM = "diffusion_pytorch_model"

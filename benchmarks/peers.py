@@ -85,7 +85,7 @@ def llmcompressor_gptq(layer: Layer, fmt: str) -> PeerLayer:
 
     scales = [s if s is None else s[None] for s in _llmcompressor_scales(layer.W, args)]
     activations = layer.activations()
-    H = activations.second_moment_about(torch.zeros_like(activations.shift))
+    H = activations.hessian_about(torch.zeros_like(activations.shift))
     weight, _, _ = quantize_weight(layer.W[None].clone(), H[None].clone(), *scales, args)
     return PeerLayer(rounding, weight[0])
 

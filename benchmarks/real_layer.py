@@ -1,4 +1,4 @@
-"""Seconds of one linear of Wan2.2-I2V-A14B through the pipeline's own stages, where they go, and peers beside it.
+"""Seconds of one linear of Wan2.2-I2V-A14B through the pipeline's own recipe, where they go, and peers beside it.
 
     python benchmarks/real_layer.py                          5120 x 5120 and ffn.down (13824 inputs, 5120 outputs), one thread
     python benchmarks/real_layer.py --layers 1024x1024       outputs x inputs
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.layers import KINDS, Layer, seeded_layer
 from benchmarks.peers import PEERS, skipped
 from benchmarks.recipes import pipeline
-from stepquant.quantize.layer import relative_error
+from stepquant.quantize.quantized_layer import relative_error
 
 SEED = 100
 CALIBRATION = 16384  # tokens, at least one per column

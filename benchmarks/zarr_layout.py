@@ -32,13 +32,13 @@ Specs = list[tuple[str, tuple[int, int], str]]  # name, shape, dtype
 
 def together(channels: int, tokens: int) -> Specs:
     """A site as it is stored (calibration/activations.py)."""
-    statistics = [("second_moment", (channels, channels), "float32"), ("channels", (1 + 2 * BINS, channels), "float32")]
+    statistics = [("hessian", (channels, channels), "float32"), ("channels", (1 + 2 * BINS, channels), "float32")]
     return [*statistics, ("samples", (2 * BINS * tokens, channels), "uint16")]
 
 
 def by_bin(channels: int, tokens: int) -> Specs:
     """The same with arrays of their own for every statistic, and for every sample of every bin."""
-    statistics = [(name, (rows, channels), "float32") for name, rows in (("second_moment", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))]
+    statistics = [(name, (rows, channels), "float32") for name, rows in (("hessian", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))]
     return statistics + [(f"{split}.{b}", (tokens, channels), "uint16") for split in ("search", "validation", "heldout") for b in range(BINS)]
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from stepquant.compute.code import source_files
+from stepquant.storage.code_version import source_files
 
 DVC_YAML = Path("dvc.yaml")
 PACKAGES = {"stepquant": Path("lib/stepquant"), "stages": Path("stages")}

@@ -2,15 +2,18 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from stages import artifacts
-from stages.blocks import Block, Factors, Record, precision_of, run_blocks, site_layer
-from stages.common import Expert, ParamsFile, Stage, open_stage, read_json
-from stepquant.commands import command, main
+from stages import _artifacts as artifacts
+from stages._blocks import run_blocks
+from stages._stage import Expert, ParamsFile, open_stage
+from stepquant.calibration.stored_block import StoredBlock
+from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
-from stepquant.quantize.clip import choose_clip, clip_candidates, clip_errors
+from stepquant.recipe.clip import clip_site
+from stepquant.recipe.settings import ClipSettings, quant_scheme
+from stepquant.recipe.site_files import ClipTable
+from stepquant.storage.json_files import read_json
 
 READS = ("compute", "format", "clip")
 
@@ -25,27 +28,13 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert)}
         edges = read_json(sources["activations"] / "manifest.json")["bin_edges"]
-        run_blocks(stage, expert, sources, artifacts.clip(expert), partial(clip_site, stage), bin_edges=edges)
+        settings = ClipSettings(stage["format"], stage["clip"])
+        run_blocks(stage, expert, sources, artifacts.clip(expert), partial(search_clip, settings), bin_edges=edges)
 
 
-def clip_site(stage: Stage, block: Block, site: Site) -> tuple[Factors, Record]:
-    """Clip ratio and exponent offset of one site, [bins] each: the best per bin, and the best single one over all bins."""
-    precision, settings = precision_of(stage["format"]), stage["clip"]
-    W, layer = block.weight(site), site_layer(block, site, precision)
-    candidates = clip_candidates(settings.ratios, settings.exponent_offsets, precision.activation)
-    errors = clip_errors(block.activations(site).search, W, layer, candidates)
-    choice = choose_clip(errors)
-    ratios = torch.tensor([c.ratio for c in candidates])
-    offsets = torch.tensor([c.exponent_offset for c in candidates], dtype=torch.int8)
-    per_bin, single = list(choice.per_bin), [choice.single] * len(errors)
-    factors = {"ratio": ratios[per_bin], "exponent": offsets[per_bin], "single_ratio": ratios[single], "single_exponent": offsets[single]}
-    record = {
-        "candidates": [[c.ratio, c.exponent_offset] for c in candidates],
-        "search_errors": errors.tolist(),
-        "chosen": per_bin,
-        "single": choice.single,
-    }
-    return factors, record
+def search_clip(settings: ClipSettings, block: StoredBlock, site: Site) -> tuple[ClipTable, dict[str, Any]]:
+    layer = block.residual_factors(site).layer(block.transform_factors(site).transform, quant_scheme(settings.format))
+    return clip_site(block.weight(site), layer, block.statistics(site), settings)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,28 @@ from typing import Any
 
 import torch
 
-from stages import artifacts
-from stages.common import ParamsFile, Stage, Variant, dtype_of, open_stage, read_json, to_json
-from stages.pipeline import ready_to_sample, source_pipeline
-from stepquant.calibration.prompts import Prompt, evaluation_prompts
+from stages import _artifacts as artifacts
+from stages._stage import ParamsFile, Stage, VariantName, open_stage
 from stepquant.checkpoint.pipeline import load_pipeline
-from stepquant.commands import command, main
+from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
-from stepquant.compute.units import file_digests, gather
+from stepquant.compute.units import gather
 from stepquant.errors import UserError
 from stepquant.evaluate.video import write_video
-from stepquant.models.sampling import sample
+from stepquant.models.manifest import read_manifest
+from stepquant.models.prompts import Prompt, evaluation_prompts
+from stepquant.models.sampling import ready_to_sample, sample, source_pipeline
 from stepquant.models.source import place_pipeline
+from stepquant.recipe.variants import REFERENCE
+from stepquant.storage.digests import file_digests
+from stepquant.storage.json_files import to_json
+from stepquant.torch_setup import torch_dtype
 
 READS = ("compute", "sampling", "generate")
 
 
 @command
-def generate(variant: Variant, params: ParamsFile = Path("params.yaml")) -> None:
+def generate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None:
     """Sample the evaluation prompts with one variant, loaded from its packed folder (bf16: from the source).
 
     Reads the params sections compute, sampling and generate, artifacts/model, and artifacts/checkpoints/VARIANT/.
@@ -44,10 +48,10 @@ class Sampler:
 
     def __init__(self, stage: Stage, variant: str):
         self.stage, self.variant = stage, variant
-        self.manifest = read_json(artifacts.MODEL)
-        if variant != "bf16" and not artifacts.checkpoint(variant).is_dir():
+        self.manifest = read_manifest(artifacts.MODEL)
+        if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
             raise UserError(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
-        self.weights = self.manifest["files"] if variant == "bf16" else file_digests(artifacts.checkpoint(variant))
+        self.weights = self.manifest.files if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
 
     def write(self, prompt: Prompt, folder: Path) -> None:
         """Sample one prompt; frames [F, 3, H, W] in 0..1 become the file's uint8 [F, H, W, 3]."""
@@ -58,10 +62,10 @@ class Sampler:
     @cached_property
     def pipe(self) -> Any:
         compute, sampling = self.stage["compute"], self.stage["sampling"]
-        if self.variant == "bf16":
+        if self.variant == REFERENCE:
             return source_pipeline(self.manifest, compute, sampling)
         packed = artifacts.checkpoint(self.variant)
-        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=dtype_of(compute.dtype)), compute.device), sampling)
+        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=torch_dtype(compute.dtype)), compute.device), sampling)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from stages import artifacts
-from stages.common import ParamsFile, open_stage, to_json
-from stepquant.commands import command, main
-from stepquant.files import write_text
+from stages import _artifacts as artifacts
+from stages._stage import ParamsFile, open_stage
+from stepquant.command_runner import command, main
 from stepquant.models.source import describe_source, resolve_source
+from stepquant.storage.atomic import write_text
+from stepquant.storage.json_files import to_json
 
 READS = ("model",)
 
@@ -20,7 +21,7 @@ def model(params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params) as stage:
         source = stage["model"]
         folder = resolve_source(source.source, source.revision)
-        write_text(artifacts.MODEL, to_json(describe_source(folder, source.source, source.revision)))
+        write_text(artifacts.MODEL, to_json(describe_source(folder, source.source, source.revision).model_dump(mode="json")))
 
 
 if __name__ == "__main__":

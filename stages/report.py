@@ -5,20 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
-from stages import artifacts
-from stages.common import ParamsFile, open_stage, read_json, to_json
-from stepquant.calibration.activations import block_name
-from stepquant.calibration.prompts import evaluation_prompts
-from stepquant.commands import command, main
-from stepquant.evaluate.records import Record, read_records
+from stages import _artifacts as artifacts
+from stages._stage import ParamsFile, open_stage
+from stepquant.calibration.statistics_files import block_name
+from stepquant.command_runner import command, main
+from stepquant.evaluate.metrics_file import Record, read_records
 from stepquant.evaluate.video import read_video, write_preview
-from stepquant.files import write_text
+from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.prompts import evaluation_prompts
 from stepquant.models.sites import WAN_SITES
 from stepquant.params import SECTIONS, read_params
+from stepquant.recipe.site_files import ClipTable
 from stepquant.report.page import GalleryRow, write_report
 from stepquant.report.plots import ClipRatio
+from stepquant.storage.atomic import write_text
+from stepquant.storage.json_files import to_json
 
 READS = tuple(SECTIONS)
 GALLERY_ROWS = 6
@@ -34,7 +36,7 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
     Writes artifacts/report/ (index.html, plots, preview.gif) and metrics.json.
     """
     with open_stage(__file__, READS, params) as stage:
-        manifest = read_json(artifacts.MODEL)
+        manifest = read_manifest(artifacts.MODEL)
         records = read_records(artifacts.METRICS)
         variants = [record.variant for record in records]
         gallery = gallery_rows(stage["generate"], variants)
@@ -42,7 +44,7 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
         partial = artifacts.REPORT.with_name(f".{artifacts.REPORT.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         write_report(
-            partial, records, gallery, fps, stage["report"].title, manifest["source"],
+            partial, records, gallery, fps, stage["report"].title, manifest.source,
             read_params(params), clip_ratios(manifest),
         )
         columns = [np.concatenate([row.videos[variant] for row in gallery[:PREVIEW_ROWS]], axis=1) for variant in variants]
@@ -61,16 +63,16 @@ def gallery_rows(settings: Any, variants: list[str]) -> list[GalleryRow]:
     return rows
 
 
-def clip_ratios(manifest: dict[str, Any]) -> list[ClipRatio]:
+def clip_ratios(manifest: ModelManifest) -> list[ClipRatio]:
     """What the clip search chose, per site, block and bin."""
     chosen = []
-    for expert, described in manifest["experts"].items():
-        for index in range(described["blocks"]):
-            with safe_open(artifacts.clip(expert) / block_name(index) / "factors.safetensors", framework="np") as file:
-                for site in WAN_SITES:
-                    ratios = file.get_tensor(f"{site.name}.ratio") * np.exp2(file.get_tensor(f"{site.name}.exponent").astype(np.float32))
-                    bins = range(len(ratios)) if site.depends_on_timestep else [None]
-                    chosen += [ClipRatio(expert, index, site.name, b, float(ratio)) for b, ratio in zip(bins, ratios)]
+    for expert, described in manifest.experts.items():
+        for index in range(described.blocks):
+            for site in WAN_SITES:
+                table = ClipTable.from_file(artifacts.clip(expert) / block_name(index), site.name, "cpu")
+                ratios = (table.ratio * table.exponent.float().exp2()).tolist()
+                bins = range(len(ratios)) if site.depends_on_timestep else [None]
+                chosen += [ClipRatio(expert, index, site.name, b, ratio) for b, ratio in zip(bins, ratios)]
     return chosen
 
 

@@ -90,7 +90,7 @@ REFUSALS = [
     ("gptq.dampings", [0.1, 0.01], "rising values, each once"),
     ("gptq.dampings", [], "at least 1 item"),
     ("gptq.act_order", "yes", "boolean"),
-    ("gptq.block_size", 0, "greater than 0"),
+    ("gptq.column_block", 0, "greater than 0"),
     ("clip.ratios", [0.0], "greater than 0"),
     ("clip.ratios", [0.9, 0.9], "values repeat"),
     ("clip.exponent_offsets", [5], "less than or equal to 4"),
@@ -131,7 +131,7 @@ def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):
 
 def test_a_misspelt_parameter_is_named_as_it_was_written(tmp_path):
     message = refusal(write(tmp_path, [("gptq.dampings", GONE), ("gptq.dampening", 0.01)]))
-    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, dampings, act_order, block_size"
+    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, dampings, act_order, column_block"
 
 
 def test_a_missing_section(tmp_path):
@@ -163,7 +163,7 @@ def test_a_bad_override_is_named_as_an_override(tmp_path):
 @pytest.mark.parametrize("changes", [[("experts.low_noise.lowrnk", {})], [("experts.low_noise.clip", GONE)], [("experts.low_noise.format", {})]])
 def test_an_expert_has_exactly_the_sections_that_can_be_overridden(tmp_path, changes):
     message = refusal(write(tmp_path, changes))
-    assert "low_noise has [" in message and "allowed: exactly ['centre', 'clip', 'gptq', 'lowrank', 'rotate', 'smooth']" in message
+    assert "low_noise has [" in message and "allowed: exactly ['center', 'clip', 'gptq', 'lowrank', 'rotate', 'smooth']" in message
 
 
 def test_an_expert_that_is_not_there(tmp_path):

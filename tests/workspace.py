@@ -27,7 +27,7 @@ TINY = {
     "sampling": {"height": 32, "width": 32, "num_frames": 5, "steps": 4, "flow_shift": 5.0, "max_sequence_length": 16},
     "trajectories": {"calibration_prompts": 2, "validation_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": [1000, 950, 900], "low_noise": [900, 700, 0]},
-    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4, "calls_per_share": 8, "blocks_per_share": 1},
+    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4, "calls_per_shard": 8, "blocks_per_shard": 1},
     "format": {"weight": "nvfp4", "activation": "int4"},  # int4 activations like to be clipped: every variant differs
     "smooth": {"candidates": [0.4, 0.6]},
     "lowrank": {"rank": 16},

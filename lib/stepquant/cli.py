@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from stepquant import params as knobs
+from stepquant import params as parameters
 from stepquant import profiles
-from stepquant.commands import command
+from stepquant.command_runner import command
 from stepquant.errors import UserError
-from stepquant.files import write_text
+from stepquant.storage.atomic import write_text
 
 STAGES = ("model", "trajectories", "capture", "lowrank", "gptq", "clip", "pack", "generate", "evaluate", "report")
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 @command
 def check(params: Annotated[Path, typer.Option(help="The params file to check.")] = Path("params.yaml")) -> None:
     """Validate a params file: every section, and every section as each expert sees it."""
-    knobs.check(params)
+    parameters.check(params)
     print(f"{params}: fine")
 
 
@@ -47,7 +47,7 @@ def profile(
     if current is not None and not force and current not in profiles.written_by_profiles(ready):
         raise UserError(f"{params} has changes that no profile has; keep them, or overwrite them with --force")
     write_text(params, profiles.overlay(current, ready[name]))
-    knobs.check(params)
+    parameters.check(params)
     print(f"{params}: now the profile {name}")
 
 
@@ -57,7 +57,7 @@ def show(folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.
     """Print the summary table over all variants, and where the report is."""
     from rich.console import Console
 
-    from stepquant.evaluate.records import read_records
+    from stepquant.evaluate.metrics_file import read_records
     from stepquant.report.tables import brief_table, rich_table
 
     Console().print(rich_table(brief_table(read_records(folder))))
@@ -75,7 +75,7 @@ def plan(
 
     Without --machine it is this one, or the usual GPUs where compute.device is none of this machine's.
     """
-    from stepquant.plan.command import print_plan
+    from stepquant.plan.printing import print_plan
 
     print_plan(params, profile, machine or [])
 
@@ -83,7 +83,7 @@ def plan(
 @app.command()
 @command
 def doctor(params: Annotated[Path, typer.Option(help="The params file, if there is one.")] = Path("params.yaml")) -> None:
-    """Look at this machine: versions, devices, free space, and what is missing. Exit code 1 if something must be mended."""
+    """Look at this machine: versions, devices, free space, and what is missing. Exit code 1 if something must be fixed."""
     from stepquant.doctor import examine
 
     healthy = True
@@ -114,7 +114,7 @@ def _add_stages() -> None:
     Only the stage that is called is imported, which brings torch; the others are known by their docstrings.
     """
     here = Path.cwd()
-    if not (here / "dvc.yaml").is_file() or not (here / "stages" / "common.py").is_file():
+    if not (here / "dvc.yaml").is_file() or not (here / "stages" / "_stage.py").is_file():
         return
     sys.path.insert(0, str(here))
     for name in STAGES:

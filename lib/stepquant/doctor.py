@@ -1,4 +1,4 @@
-"""`stepquant doctor`: is this machine ready? Every finding is one line, and says how to mend what is wrong."""
+"""`stepquant doctor`: is this machine ready? Every finding is one line, and says how to fix what is wrong."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stepquant import params as knobs
+from stepquant import params as parameters
 from stepquant.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "zarr")
@@ -20,7 +20,7 @@ LITTLE_SPACE = 20e9  # bytes; the demo takes 1 GB, a real model some hundred (`s
 
 @dataclass(frozen=True)
 class Finding:
-    """fine: False if something has to be mended before the pipeline can run here."""
+    """fine: False if something has to be fixed before the pipeline can run here."""
 
     line: str
     fine: bool = True
@@ -65,8 +65,8 @@ def _space() -> Iterator[Finding]:
     yield Finding(f"{free / 1e9:.0f} GB free in {here}{hint}")
     for name, folder in {"current folder": here, "DVC's state": Path(os.environ.get("DVC_SITE_CACHE_DIR", "/var/tmp"))}.items():
         if not os.access(folder, os.W_OK):
-            mend = "make it writable" if folder == here else "set DVC_SITE_CACHE_DIR to a folder of yours"
-            yield Finding(f"{name}: {folder} cannot be written; {mend}", fine=False)
+            fix = "make it writable" if folder == here else "set DVC_SITE_CACHE_DIR to a folder of yours"
+            yield Finding(f"{name}: {folder} cannot be written; {fix}", fine=False)
 
 
 def _params(file: Path) -> Iterator[Finding]:
@@ -84,16 +84,16 @@ def _params(file: Path) -> Iterator[Finding]:
 
 
 def _checked(file: Path) -> str:
-    knobs.check(file)
+    parameters.check(file)
     return f"{file}: fine"
 
 
 def _extras(file: Path) -> str:
     """What only some params need."""
     wanted = {}
-    if knobs.section(file, "compute").executor == "ray":
+    if parameters.section(file, "compute").executor == "ray":
         wanted["ray"] = ("ray", "compute.executor: ray")
-    if knobs.section(file, "storage").url is not None:
+    if parameters.section(file, "storage").url is not None:
         wanted["obstore"] = ("s3", "storage.url")
     for name, (extra, use) in wanted.items():
         if _version(name) is None:
@@ -104,7 +104,7 @@ def _extras(file: Path) -> str:
 def _device(file: Path) -> str:
     import torch
 
-    device: Any = knobs.section(file, "compute").device
+    device: Any = parameters.section(file, "compute").device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -115,13 +115,13 @@ def _device(file: Path) -> str:
 def _model(file: Path) -> str:
     from stepquant.models.source import describe_experts
 
-    model = knobs.section(file, "model")
+    model = parameters.section(file, "model")
     if not (Path(model.source) / "model_index.json").is_file():
         if model.source.count("/") == 1 and not Path(model.source).exists():
             return f"model.source: {model.source} is no folder here; stage model will download it"
         raise UserError(f"model.source: {model.source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name")
-    experts = describe_experts(Path(model.source), model.source, model.revision)["experts"]
-    blocks = ", ".join(f"{name} with {found['blocks']} blocks" for name, found in experts.items())
+    experts = describe_experts(Path(model.source), model.source, model.revision).experts
+    blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in experts.items())
     return f"model.source: {model.source}: {blocks}"
 
 

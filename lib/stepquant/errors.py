@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and what is allowed."""
+    """Something the user can fix: says what is wrong, where, and what is allowed."""

@@ -1,4 +1,4 @@
-"""The knobs: one strict model per section of params.yaml.
+"""The parameters: one strict model per section of params.yaml.
 
 There are no defaults here, on purpose: DVC sees only what stands in params.yaml, so every value has to stand there.
 A stage names the sections it reads and gets nothing else; `experts.<expert>.<section>` holds that expert's overrides.
@@ -97,10 +97,10 @@ class Capture(Section):
     steps_per_bin: Positive | None
     search_tokens: Positive
     heldout_tokens: Positive
-    moment_stride: Positive
+    hessian_stride: Positive
     calls_per_chunk: Positive
-    calls_per_share: Positive
-    blocks_per_share: Positive
+    calls_per_shard: Positive
+    blocks_per_shard: Positive
     seed: Seed
 
 
@@ -114,31 +114,31 @@ class Format(Section):
 
 
 class Smooth(Section):
-    """s = span(X)^alpha / absmax(W)^beta. span: of each input channel over all tokens. alpha: one value, or `search` over the
+    """s = magnitude(X)^alpha / absmax(W)^beta. magnitude: of each input channel over all tokens. alpha: one value, or `search` over the
     candidates; beta null means 1 - alpha. gradient_steps: by which s is moved afterwards."""
 
-    span: Literal["rms", "absmax"]
+    magnitude: Literal["rms", "absmax"]
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
     beta: Annotated[float, Field(ge=0, le=1)] | None
     candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
     gradient_steps: Annotated[int, Field(ge=0)]
 
 
-class Centre(Section):
+class Center(Section):
     """Whether each site's channel means are taken off its input before it is quantized."""
 
     means: bool
 
 
 class Rotate(Section):
-    """Candidates for the block of each site's Hadamard rotation; 0 is none."""
+    """Candidates for the size of each site's block-Hadamard rotation; 0 is none."""
 
-    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    hadamard_sizes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
-    @field_validator("blocks")
+    @field_validator("hadamard_sizes")
     @classmethod
     def _powers_of_two(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value) or any(block.bit_count() > 1 for block in value):
+        if len(set(value)) != len(value) or any(size.bit_count() > 1 for size in value):
             raise ValueError(f"{value}: allowed are 0 and powers of two, each once")
         return value
 
@@ -157,7 +157,7 @@ class Gptq(Section):
     noise: Annotated[float, Field(ge=0)]
     dampings: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     act_order: bool
-    block_size: Positive
+    column_block: Positive
 
     @field_validator("dampings")
     @classmethod
@@ -207,6 +207,10 @@ class Bins(Section):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Positive | list[float]]
 
+    @property
+    def by_expert(self) -> dict[str, int | list[float]]:
+        return self.__pydantic_extra__
+
 
 SECTIONS: dict[str, Any] = {
     "compute": Compute,
@@ -218,7 +222,7 @@ SECTIONS: dict[str, Any] = {
     "capture": Capture,
     "format": Format,
     "smooth": Smooth,
-    "centre": Centre,
+    "center": Center,
     "rotate": Rotate,
     "lowrank": LowRank,
     "gptq": Gptq,
@@ -227,7 +231,7 @@ SECTIONS: dict[str, Any] = {
     "evaluate": Evaluate,
     "report": Report,
 }
-OVERRIDABLE = ("smooth", "centre", "rotate", "lowrank", "gptq", "clip")
+OVERRIDABLE = ("smooth", "center", "rotate", "lowrank", "gptq", "clip")
 
 
 class _Experts(BaseModel):
@@ -275,7 +279,7 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
 def check(path: Path) -> None:
     """Validate the whole file: every section, and every section as each expert sees it. Raises UserError."""
     experts = _validate(_Experts, read_params(path), path, "").experts
-    binned = section(path, "bins").model_extra
+    binned = section(path, "bins").by_expert
     if set(binned) != set(experts):
         raise UserError(f"{path}: bins has {sorted(binned)}; allowed: exactly the experts, {sorted(experts)}")
     for name in SECTIONS:

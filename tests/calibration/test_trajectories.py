@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.arrays import group_metadata, write_group
 from stepquant.calibration.trajectories import Call, Trajectories, recorded, spread_over_bins, write_trajectory
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
+from stepquant.storage.zarr_groups import group_metadata, write_group
 
 TIMES = [1000.0, 933.5, 900.0, 421.0]
 EXPERTS = ["high_noise", "high_noise", "low_noise", "low_noise"]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 
-from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import pack_linear
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import rotate
+from stepquant.runtime.layout import QuantizationSettings
 
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
@@ -84,11 +84,14 @@ def quantize(W, bias, settings, rotation, seed):
     scales = weight_scales(fmt, residual, rounding="ceil")
     clip = None if settings.activation_format is None else torch.tensor(RATIOS)
     offset = torch.tensor([0, -1, 1], dtype=torch.int8) if settings.activation_format == "mxfp4" else None
-    return pack_linear(fmt.encode(residual, scales), scales, smooth, down, up, clip, offset, mean, bias)
+    codes = fmt.encode(residual, scales)
+    return pack_linear(
+        codes, scales, smooth, proj_down=down, proj_up=up, clip_ratio=clip, clip_exponent=offset, mean=mean, bias=bias
+    )
 
 
 def quantized_blocks(source, settings):
-    """What write_expert eats: (block index, {target: PackedLinear}), one block at a time."""
+    """What write_expert takes: (block index, {target: PackedLinear}), one block at a time."""
     weights = open_weights(source)
     for i in range(2):
         mine = [target for target in settings.targets if target.startswith(f"blocks.{i}.")]

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import pack_linear
 from stepquant.formats import Scales
+from stepquant.runtime.layout import QuantizationSettings
 
 
 def packed_int4():
@@ -14,7 +14,7 @@ def packed_int4():
     scales = Scales(torch.tensor([[0.5], [2.0]], dtype=torch.bfloat16), None)
     smooth = torch.ones(64, dtype=torch.bfloat16)
     down, up = torch.zeros(64, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.bfloat16)
-    return pack_linear(codes, scales, smooth, down, up, torch.tensor([1.0, 0.9]), None)
+    return pack_linear(codes, scales, smooth, proj_down=down, proj_up=up, clip_ratio=torch.tensor([1.0, 0.9]))
 
 
 SETTINGS = QuantizationSettings("int4", "int4", "ceil", 3, False, {}, (1000.0, 950.0, 900.0), ("a",))
@@ -36,12 +36,12 @@ def test_tensor_scale():
     codes = torch.zeros(2, 16, dtype=torch.uint8)
     group = torch.ones(2, 1).to(torch.float8_e4m3fn)
     smooth = torch.ones(16, dtype=torch.bfloat16)
-    packed = pack_linear(codes, Scales(group, torch.tensor(0.0078125)), smooth, None, None, None, None)
+    packed = pack_linear(codes, Scales(group, torch.tensor(0.0078125)), smooth)
     assert packed.wtscale.dtype == torch.bfloat16 and packed.wtscale.tolist() == [2**-7]
     assert packed.wcscales.dtype == torch.bfloat16 and packed.wcscales.tolist() == [1.0, 1.0]
     packed.check(QuantizationSettings("nvfp4", None, "ceil", 0, False, {}, (1000.0, 0.0), ("a",)), N=2, K=16)
     with pytest.raises(ValueError, match="no bfloat16 value"):
-        pack_linear(codes, Scales(group, torch.tensor(1 / 3)), smooth, None, None, None, None)
+        pack_linear(codes, Scales(group, torch.tensor(1 / 3)), smooth)
 
 
 @pytest.mark.parametrize(

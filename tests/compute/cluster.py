@@ -12,7 +12,7 @@ import psutil
 import ray
 
 from stepquant.compute.ray import OBJECT_STORE_BYTES
-from stepquant.files import write_text
+from stepquant.storage.atomic import write_text
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 context = ray.init("local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level="ERROR")

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stepquant.commands import remedy
+from stepquant.command_runner import remedy
 from stepquant.compute.executor import Executor
 from stepquant.compute.progress import meter
 from stepquant.compute.task import Task
@@ -96,7 +96,7 @@ def test_killed_workers(compute, store, tmp_path, kind):
 
 @ALL
 def test_errors(compute, store, capsys, kind):
-    """What the user can mend is the same message everywhere; our own mistakes keep their type and the place in the worker."""
+    """What the user can fix is the same message everywhere; our own mistakes keep their type and the place in the worker."""
     with Executor(compute(kind), CODE) as executor:
         with pytest.raises(UserError) as mistake:
             map_units(executor, store, [work.mistake])

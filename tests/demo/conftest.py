@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from stepquant.demo.settings import ClipSettings, load_section
-from stepquant.demo.sprites import Assets
+from demo_model.settings import ClipSettings, load_section
+from demo_model.sprites import Assets
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-
-from stepquant.demo.clips import CAMERAS, DIRECTIONS, draw_batch, draw_spec, render_clip
-from stepquant.demo.motion import camera_of, direction_of, track
-from stepquant.demo.settings import ClipSettings
-from stepquant.demo.sprites import Assets, load_assets, save_assets
+from demo_model.clips import CAMERAS, DIRECTIONS, draw_batch, draw_spec, render_clip
+from demo_model.motion import camera_of, direction_of, track
+from demo_model.settings import ClipSettings
+from demo_model.sprites import Assets, load_assets, save_assets
 
 
 def test_same_seed_and_step_give_the_same_clips(assets: Assets, clip_settings: ClipSettings):

@@ -6,12 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from demo_model.clips import CAMERAS, DIRECTIONS
+from demo_model.manifests import draw_balanced, write_manifest
+from demo_model.settings import AssetSettings, ClipSettings, load_section
+from demo_model.sprites import Assets
 from PIL import Image
-
-from stepquant.demo.clips import CAMERAS, DIRECTIONS
-from stepquant.demo.manifests import draw_balanced, write_manifest
-from stepquant.demo.settings import AssetSettings, ClipSettings, load_section
-from stepquant.demo.sprites import Assets
 
 REQUIRED = {"id", "split", "prompt", "negative_prompt", "image", "seed", "source", "license"}
 

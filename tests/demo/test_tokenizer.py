@@ -1,11 +1,10 @@
 """The tokenizer keeps captions whole and loads from a folder, offline."""
 
 import pytest
+from demo_model.settings import ClipSettings
+from demo_model.sprites import Assets
+from demo_model.tokenizer import draw_captions, train_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from stepquant.demo.settings import ClipSettings
-from stepquant.demo.sprites import Assets
-from stepquant.demo.tokenizer import draw_captions, train_tokenizer
 
 
 @pytest.fixture(scope="module")

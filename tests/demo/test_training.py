@@ -4,19 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from demo_model.clips import draw_batch
+from demo_model.denoiser import build_scheduler
+from demo_model.expert_training import draw_timesteps, model_input
+from demo_model.latents import condition_video, encode, grey_latents
+from demo_model.linear_codec import fit_codec, install_codec, patches
+from demo_model.settings import ClipSettings, DenoiserSettings, VaeSettings, load_section
+from demo_model.shortcuts import silent_branches_skipped
+from demo_model.sprites import Assets
+from demo_model.training import Run, averaged_weights, learning_rate_at
+from demo_model.vae_training import build_vae, start_vae, to_pixels
 from diffusers import WanImageToVideoPipeline
 from torch import nn
-
-from stepquant.demo.clips import draw_batch
-from stepquant.demo.denoiser import build_scheduler
-from stepquant.demo.expert_training import draw_timesteps, model_input
-from stepquant.demo.latents import condition_video, encode, grey_latents
-from stepquant.demo.linear_codec import fit_codec, install_codec, patches
-from stepquant.demo.settings import ClipSettings, DenoiserSettings, VaeSettings, load_section
-from stepquant.demo.shortcuts import silent_branches_skipped
-from stepquant.demo.sprites import Assets
-from stepquant.demo.training import Run, averaged_weights, learning_rate_at
-from stepquant.demo.vae_training import build_vae, start_vae, to_pixels
 
 
 def small_vae(assets: Assets, clips: ClipSettings, data_folder: Path):

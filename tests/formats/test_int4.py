@@ -93,7 +93,7 @@ def test_ties_to_even_and_saturation():
 
 
 def test_scale_rounds_to_bfloat16_like_torch():
-    """The scale is rounded with integer arithmetic; torch's own cast is the judge, midpoints included."""
+    """The scale is rounded with integer arithmetic; torch's own cast decides, midpoints included."""
     grid = torch.arange(0x3F80, 0x4080, dtype=torch.int32)
     bfloat16s = (grid << 16).view(torch.float32).tolist()
     wanted = torch.cat((midpoints(bfloat16s), torch.logspace(-37, 37, 300)))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import UserError
-from stepquant.models.source import describe_source, expert_digest, resolve_source
+from stepquant.models.source import describe_source, resolve_source
 from tests.wan import BLOCKS, save_expert
 
 INDEX = {
@@ -55,28 +55,29 @@ def refusal(folder):
 
 def test_a_two_expert_model(finished):
     manifest = describe(finished)
-    assert {key: manifest[key] for key in ("source", "revision", "pipeline", "num_train_timesteps")} == {
-        "source": str(finished), "revision": None, "pipeline": "WanImageToVideoPipeline", "num_train_timesteps": 1000,
-    }
-    assert list(manifest["experts"]) == ["high_noise", "low_noise"]
-    high, low = manifest["experts"].values()
-    assert (high["subfolder"], high["t_range"], high["blocks"]) == ("transformer", [900, 1000], BLOCKS)
-    assert (low["subfolder"], low["t_range"], low["blocks"]) == ("transformer_2", [0, 900], BLOCKS)
+    found = manifest.source, manifest.revision, manifest.pipeline, manifest.num_train_timesteps
+    assert found == (str(finished), None, "WanImageToVideoPipeline", 1000)
+    assert list(manifest.experts) == ["high_noise", "low_noise"]
+    high, low = manifest.experts.values()
+    assert (high.subfolder, high.t_range, high.blocks) == ("transformer", (900, 1000), BLOCKS)
+    assert (low.subfolder, low.t_range, low.blocks) == ("transformer_2", (0, 900), BLOCKS)
     stored = load_file(finished / "transformer/diffusion_pytorch_model.safetensors")
-    assert high["bf16_bytes"] == 2 * sum(tensor.numel() for tensor in stored.values())
+    assert high.bf16_bytes == 2 * sum(tensor.numel() for tensor in stored.values())
 
 
 def test_shapes_are_rows_and_columns_of_each_linear(finished):
-    sites = describe(finished)["experts"]["high_noise"]["sites"]
+    sites = describe(finished).expert("high_noise").sites
     assert list(sites) == ["attn1.qkv", "attn1.out", "attn2.q", "attn2.kv", "attn2.out", "ffn.up", "ffn.down"]
-    assert sites["attn1.qkv"] == {"depends_on_timestep": True, "linears": {f"attn1.to_{x}": [64, 64] for x in "qkv"}}
-    assert sites["attn2.kv"] == {"depends_on_timestep": False, "linears": {"attn2.to_k": [64, 64], "attn2.to_v": [64, 64]}}
-    assert sites["ffn.up"]["linears"] == {"ffn.net.0.proj": [128, 64]}
-    assert sites["ffn.down"]["linears"] == {"ffn.net.2": [64, 128]}
+    qkv, kv = sites["attn1.qkv"], sites["attn2.kv"]
+    assert (qkv.depends_on_timestep, qkv.linears) == (True, {f"attn1.to_{x}": (64, 64) for x in "qkv"})
+    assert (kv.depends_on_timestep, kv.linears) == (False, {"attn2.to_k": (64, 64), "attn2.to_v": (64, 64)})
+    assert (qkv.rows, qkv.columns) == (192, 64)
+    assert sites["ffn.up"].linears == {"ffn.net.0.proj": (128, 64)}
+    assert sites["ffn.down"].linears == {"ffn.net.2": (64, 128)}
 
 
 def test_every_component_s_files_are_hashed(finished):
-    files = describe(finished)["files"]
+    files = describe(finished).files
     expected = {"model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     expected |= {f"{expert}/{name}" for expert in ("transformer", "transformer_2") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     assert set(files) == expected
@@ -88,24 +89,24 @@ def test_an_expert_s_digest_follows_its_own_files_only(source):
     before = describe(source)
     (source / "transformer_2/config.json").write_text((source / "transformer_2/config.json").read_text() + " ")
     after = describe(source)
-    assert expert_digest(after, "high_noise") == expert_digest(before, "high_noise")
-    assert expert_digest(after, "low_noise") != expert_digest(before, "low_noise")
-    assert expert_digest(before, "high_noise") != expert_digest(before, "low_noise")
+    assert after.expert_digest("high_noise") == before.expert_digest("high_noise")
+    assert after.expert_digest("low_noise") != before.expert_digest("low_noise")
+    assert before.expert_digest("high_noise") != before.expert_digest("low_noise")
 
 
 def test_a_dense_model_has_one_expert_over_all_of_t(source):
     (source / "model_index.json").write_text(json.dumps(INDEX | {"boundary_ratio": None, "transformer_2": [None, None]}))
     shutil.rmtree(source / "transformer_2")
-    experts = describe(source)["experts"]
+    experts = describe(source).experts
     assert list(experts) == ["denoiser"]
-    assert (experts["denoiser"]["subfolder"], experts["denoiser"]["t_range"]) == ("transformer", [0, 1000])
+    assert (experts["denoiser"].subfolder, experts["denoiser"].t_range) == ("transformer", (0, 1000))
 
 
 def test_by_what_the_vae_shrinks_a_video(source):
     """Its config.json decides; a pipeline without the factors, or without a VAE, is taken to have the Wan VAE's."""
-    assert describe(source)["compression"] == {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+    assert describe(source).compression.model_dump() == {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
     (source / "vae/config.json").write_text(json.dumps({"scale_factor_spatial": 16}))
-    assert describe(source)["compression"] == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+    assert describe(source).compression.model_dump() == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 
 
 @pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae", "scheduler"])

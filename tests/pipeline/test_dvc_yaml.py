@@ -14,8 +14,8 @@ from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 from dvc.stage import Stage
 
-from stepquant.compute.code import source_files
 from stepquant.params import OVERRIDABLE, SECTIONS
+from stepquant.storage.code_version import source_files
 from tests.once import once
 from tests.workspace import ROOT, Workspace
 

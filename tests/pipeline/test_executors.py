@@ -40,7 +40,7 @@ def worker_of(process: subprocess.Popen) -> psutil.Process:
 
 
 def test_a_ray_cluster(fresh, ray_cluster):
-    """12 calls in shares of 8, two blocks: four units of work."""
+    """12 calls in shards of 8, two blocks: four units of work."""
     fresh.set("compute.executor", "ray")
     fresh.set("compute.address", ray_cluster)
     out = fresh.root / "artifacts/activations/high_noise.zarr"
@@ -51,8 +51,8 @@ def test_a_ray_cluster(fresh, ray_cluster):
 
 
 def test_a_share_may_walk_several_blocks(fresh):
-    """12 calls in shares of 8, both blocks in one go: two units of work, which hand on nothing by way of the disk."""
-    fresh.set("capture.blocks_per_share", 2)
+    """12 calls in shards of 8, both blocks in one go: two units of work, which hand on nothing by way of the disk."""
+    fresh.set("capture.blocks_per_shard", 2)
     out = fresh.root / "artifacts/activations/high_noise.zarr"
     expected = tree(out)
     output = fresh.run("stages.capture", "--expert", "high_noise")

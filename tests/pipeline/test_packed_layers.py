@@ -3,36 +3,39 @@
 import pytest
 import torch
 
-from stages import artifacts
-from stages.blocks import Block, precision_of, site_layer
-from stages.common import read_json
-from stages.evaluate import PackedExpert
-from stages.expert import open_expert
+from stages import _artifacts as artifacts
 from stepquant import params
-from stepquant.calibration.activations import read_activations, site_folder
+from stepquant.calibration.statistics_files import read_statistics, site_folder
+from stepquant.calibration.stored_block import StoredBlock
+from stepquant.evaluate.packed_layers import PackedExpert
+from stepquant.models.expert import open_expert
+from stepquant.models.manifest import read_manifest
 from stepquant.models.sites import WAN_SITES
-from stepquant.quantize.layer import layer_output
+from stepquant.quantize.quantized_layer import layer_output
+from stepquant.recipe.settings import quant_scheme
+from stepquant.recipe.site_files import ClipTable
+from stepquant.storage.json_files import read_json
 
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
 def test_packed_linears_compute_what_their_factors_do(workspace, monkeypatch, expert):
     monkeypatch.chdir(workspace.root)
-    compute, precision = (params.section(workspace.root / "params.yaml", name) for name in ("compute", "format"))
-    manifest = read_json(artifacts.MODEL)
+    compute, formats = (params.section(workspace.root / "params.yaml", name) for name in ("compute", "format"))
+    manifest = read_manifest(artifacts.MODEL)
     model = open_expert(manifest, expert, compute)
-    folders = {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert), "clip": artifacts.clip(expert)}
-    block = Block(1, model, folders)
-    packed = PackedExpert(artifacts.checkpoint("full") / manifest["experts"][expert]["subfolder"], "cpu")
-    assert packed.settings.centred and packed.settings.rotations
+    block = StoredBlock(1, model, {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert)})
+    packed = PackedExpert(artifacts.checkpoint("full") / manifest.expert(expert).subfolder, "cpu")
+    assert packed.settings.mean_subtraction and packed.settings.rotations
     for site in WAN_SITES:
-        layer = site_layer(block, site, precision_of(precision))
+        layer = block.residual_factors(site).layer(block.transform_factors(site).transform, quant_scheme(formats))
         bias = torch.cat([model.linear_bias(1, linear) for linear in site.linears]).float()
-        ratios = block.factor("clip", f"{site.name}.ratio")
-        for b, x in enumerate(read_activations(site_folder(artifacts.activations(expert), 1, site.name), "cpu").heldout):
+        ratios = ClipTable.from_file(artifacts.clip(expert) / "block_01", site.name, "cpu").ratio
+        linears = packed.linears(1, site)
+        for b, x in enumerate(read_statistics(site_folder(artifacts.activations(expert), 1, site.name), "cpu").heldout):
             expected = layer_output(x, layer, ratios[b].item(), 0) + bias
             # The bias is stored in bfloat16: eight significant bits, a rounding error of 2^-8 at most; sums are taken in another order.
             tolerance = 2**-8 * (bias + layer.offset).abs().max() + 1e-4 * expected.abs().max()
-            assert (packed.output(1, site, x, b) - expected).abs().max() < tolerance, (site.name, b)
+            assert (packed.output(linears, x, b) - expected).abs().max() < tolerance, (site.name, b)
 
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])

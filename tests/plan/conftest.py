@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.make_shape import EXPERT, Calls, Shape, make_shape
-from stages import common
-from stepquant.plan.command import make_run
+from stages import _stage
+from stepquant.plan.printing import make_workload
 from stepquant.profiles import read_profiles
 
 SHAPE = Shape(blocks=2, width=256, ffn=512, heads=2, text_dim=128)
@@ -22,7 +22,7 @@ def made(tmp_path_factory) -> Path:
     make_shape(folder, SHAPE, CALLS, PARAMS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(common, "die_with_parent", lambda: None)  # pytest shall survive its parent
+        patch.setattr(_stage, "die_with_parent", lambda: None)  # pytest shall survive its parent
         for stage in ("model", "capture", "lowrank", "gptq", "clip"):
             run(stage, **({} if stage == "model" else {"expert": EXPERT}))
         run("pack", variant="full")
@@ -39,4 +39,4 @@ def real(tmp_path, monkeypatch):
     """The profile of the real model with all steps, in a folder where nothing else is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
-    return make_run(tmp_path / "params.yaml")
+    return make_workload(tmp_path / "params.yaml")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stepquant.plan.command import make_run
-from stepquant.plan.sizes import artifact_sizes, hidden_states, packed_expert, safetensors_bytes, share_sums
+from stepquant.plan.printing import make_workload
+from stepquant.plan.sizes import artifact_sizes, hidden_states, packed_expert, safetensors_bytes, shard_sums
 from stepquant.profiles import read_profiles
 
 WITHIN = 0.1
@@ -17,7 +17,7 @@ NAMES = ("trajectories.zarr", "activations", "lowrank", "residual", "clip", "che
 def compare(root: Path, name: str, monkeypatch) -> None:
     """Predicted against found bytes and files of the artifacts of one kind below a folder."""
     monkeypatch.chdir(root)
-    sizes = {path: size for path, size in artifact_sizes(make_run(Path("params.yaml"))).items() if path.startswith(name)}
+    sizes = {path: size for path, size in artifact_sizes(make_workload(Path("params.yaml"))).items() if path.startswith(name)}
     assert sizes
     for path, size in sizes.items():
         files = [file for file in (root / "artifacts" / path).rglob("*") if file.is_file()]
@@ -47,12 +47,12 @@ def test_the_real_model(tmp_path, monkeypatch):
     hidden states are 2 bytes for 5,120 channels of 32,760 tokens of 168 calls (14 prompts, two branches, two steps in each of three bins), twice."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
-    run = make_run(Path("params.yaml"))
+    run = make_workload(Path("params.yaml"))
     high, _ = run.experts
     branch = 40 * 32 * 2 * sum(site.K * len(site.linears) + site.N for site in high.sites)
     assert packed_expert(run, high).bytes == pytest.approx(14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes, rel=0.002)
     assert hidden_states(run, high).bytes == 2 * 168 * 32760 * 5120 * 2
-    assert share_sums(run, high).bytes == 2 * 10 * 2 * 4 * (6 * 5120**2 + 13824**2)  # ten blocks, 96 calibration calls in shares of 48
+    assert shard_sums(run, high).bytes == 2 * 10 * 2 * 4 * (6 * 5120**2 + 13824**2)  # ten blocks, 96 calibration calls in shards of 48
     sizes = artifact_sizes(run)
     assert max(size.files for size in sizes.values()) < 2000
     assert sum(sizes[f"activations/{expert.name}.zarr"].bytes for expert in run.experts) == pytest.approx(2 * 70.95e9, rel=0.01)

@@ -5,7 +5,7 @@ import torch
 
 from stepquant.formats import get_format
 from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
-from stepquant.quantize.layer import Precision, layer_output, relative_error
+from stepquant.quantize.quantized_layer import QuantScheme, layer_output, relative_error
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
@@ -15,8 +15,8 @@ FORMATS = ["int4", "mxfp4", "nvfp4"]
 def factors_of(W, x, name):
     fmt = get_format(name)
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
-    precision = Precision(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
-    return nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, precision=precision)
+    scheme = QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+    return nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, scheme=scheme)
 
 
 def test_only_mxfp4_has_exponents_to_offset():

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
+from stepquant.quantize.alternate import initial_branch, make_problem, rounded_by_gptq
 from stepquant.quantize.clip import UNCLIPPED, clip_errors
-from stepquant.quantize.damping import JUDGED_ROWS, judged_rows, search_damping
-from stepquant.quantize.layer import rounding_noise
+from stepquant.quantize.damping import VALIDATION_ROWS, search_damping, validation_rows
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.refine import first_branch, pose, rounded_by_gptq
-from stepquant.quantize.scales import scales_by_error
+from stepquant.quantize.quantized_layer import rounding_noise
 from stepquant.quantize.transform import InputTransform
-from tests.quantize.precision import precision
+from stepquant.quantize.weight_scales import scales_by_error
+from tests.quantize.scheme import scheme
 
 DAMPINGS = [0.0003, 0.005, 0.1]
 
@@ -21,7 +21,7 @@ DAMPINGS = [0.0003, 0.005, 0.1]
 def posed(W, x, damping=DAMPINGS[0]):
     """A layer under the second moments of tokens x, aimed at int4 inputs."""
     transform = InputTransform.smoothing(torch.ones(W.shape[1], dtype=torch.bfloat16))
-    return pose(W, transform, x.T @ x / len(x), rounding_noise([x], transform, precision("int4")), damping=damping, act_order=True)
+    return make_problem(W, transform, x.T @ x / len(x), rounding_noise([x], transform, scheme("int4")), damping=damping, act_order=True)
 
 
 def error_on(tokens, W):
@@ -30,8 +30,8 @@ def error_on(tokens, W):
     up = stored_branch(*low_rank_factors(W, 8, seed=0), ones)[1]
 
     def error(problem):
-        branch = first_branch(problem, 8, seed=0, start=up)
-        layer = rounded_by_gptq(problem, *branch, precision("int4"), partial(scales_by_error, get_format("int4")))
+        branch = initial_branch(problem, 8, seed=0, start=up)
+        layer = rounded_by_gptq(problem, *branch, scheme("int4"), partial(scales_by_error, get_format("int4")))
         return clip_errors([tokens], W, layer, [UNCLIPPED]).square().item()
 
     return error
@@ -81,9 +81,9 @@ def test_directions_that_calibration_never_showed_are_kept_in_reserve(layer):
     assert same.factor.damping == DAMPINGS[0]
 
 
-@pytest.mark.parametrize(("rows", "rank", "expected"), [(64, 32, 64), (5120, 32, JUDGED_ROWS), (5120, 300, 300)])
+@pytest.mark.parametrize(("rows", "rank", "expected"), [(64, 32, 64), (5120, 32, VALIDATION_ROWS), (5120, 300, 300)])
 def test_rows_are_as_many_as_the_branch_needs(rows, rank, expected):
     """Spread evenly: up to one less than twice as many where they do not divide."""
-    found = judged_rows(torch.empty(rows, 1), rank)
+    found = validation_rows(torch.empty(rows, 1), rank)
     assert expected <= len(found) < 2 * expected and found[0] == 0 and found[-1] < rows
     assert len(found.diff().unique()) == 1

@@ -14,10 +14,10 @@ FORMATS = ["int4", "mxfp4", "nvfp4"]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def rounded(W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, block_size: int = 128) -> SimpleNamespace:
+def rounded(W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, column_block: int = 128) -> SimpleNamespace:
     """Codes, and what the factorization of H says of itself."""
     factor = inverse_factor(H, damping=damping, act_order=act_order)
-    codes = gptq(W, factor, scales, fmt, block_size=block_size)
+    codes = gptq(W, factor, scales, fmt, column_block=column_block)
     return SimpleNamespace(codes=codes, damping=factor.damping, retries=factor.retries, dead=factor.dead)
 
 
@@ -63,20 +63,20 @@ def test_equals_textbook_obq(layer, name, act_order):
     W, x = layer
     fmt, H = get_format(name), x.T @ x
     scales = weight_scales(fmt, W, rounding="floor")
-    result = rounded(W, H, scales, fmt, damping=0.01, act_order=act_order, block_size=32)
+    result = rounded(W, H, scales, fmt, damping=0.01, act_order=act_order, column_block=32)
     expected = obq(W, H, scales, name, 0.01, act_order)
     torch.testing.assert_close(fmt.decode(result.codes, scales).double(), expected, rtol=1e-6, atol=0)
     assert (result.damping, result.retries, result.dead) == (0.01, 0, 0)
 
 
-@pytest.mark.parametrize("block_size", [1, 48, 128])
+@pytest.mark.parametrize("column_block", [1, 48, 128])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_block_size_changes_nothing(layer, block_size, act_order):
+def test_block_size_changes_nothing(layer, column_block, act_order):
     W, x = layer
     fmt = get_format("nvfp4")
     scales = weight_scales(fmt, W, rounding="ceil")
     one, two = (
-        rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, block_size=size).codes for size in (16, block_size)
+        rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, column_block=size).codes for size in (16, column_block)
     )
     assert torch.equal(one, two)
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
-from stepquant.quantize.layer import Precision, exact_path, layer_output, main_path, relative_error
+from stepquant.quantize.quantized_layer import QuantScheme, layer_output, low_rank_path, quantized_path, relative_error
 from stepquant.quantize.smooth import nearest_factors, search_transform, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
 CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
 
 
-def precision(name: str) -> Precision:
+def scheme(name: str) -> QuantScheme:
     fmt = get_format(name)
-    return Precision(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+    return QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
 
 
 def test_formula():
@@ -24,17 +24,17 @@ def test_formula():
 
 
 def test_beta_is_free():
-    x_span, w_span = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])
+    x_magnitude, w_magnitude = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])
     # x^1 = [1, 4] makes x/s = [1, 1]: s is a sixteenth of that.
-    assert smoothing_factor(x_span, w_span, alpha=1.0, beta=0.0).tolist() == [0.0625, 0.25]
+    assert smoothing_factor(x_magnitude, w_magnitude, alpha=1.0, beta=0.0).tolist() == [0.0625, 0.25]
     # w^1 = [2, 8] makes x/s = [1/2, 1/2]: s is 1/32 of that.
-    assert smoothing_factor(x_span, w_span, alpha=0.0, beta=-1.0).tolist() == [0.0625, 0.25]
+    assert smoothing_factor(x_magnitude, w_magnitude, alpha=0.0, beta=-1.0).tolist() == [0.0625, 0.25]
 
 
 def test_smoothed_size_does_not_depend_on_the_input():
-    x_span, w_span = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(64)
+    x_magnitude, w_magnitude = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(64)
     for size in (1e-6, 1.0, 1e6):
-        smoothed = size * x_span / smoothing_factor(size * x_span, w_span, alpha=0.5, beta=0.5).float()
+        smoothed = size * x_magnitude / smoothing_factor(size * x_magnitude, w_magnitude, alpha=0.5, beta=0.5).float()
         assert smoothed.log().mean().exp().item() == pytest.approx(16, rel=2**-8)
 
 
@@ -44,14 +44,14 @@ def test_nvfp4_activations_stay_in_the_range_of_their_scales(layer, size):
     W, x = layer
     x = size * x
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
-    factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, precision=precision("nvfp4"))
+    factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, scheme=scheme("nvfp4"))
     assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T) < 0.1
 
 
 def test_dead_channels_are_left_alone():
     # The third channel alone is live: its x/s is 16.
-    x_span, w_span = torch.tensor([0.0, 9.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    assert smoothing_factor(x_span, w_span, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 0.0625, 1.0]
+    x_magnitude, w_magnitude = torch.tensor([0.0, 9.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert smoothing_factor(x_magnitude, w_magnitude, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 0.0625, 1.0]
     assert smoothing_factor(torch.zeros(3), torch.ones(3), alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 1.0]
 
 
@@ -66,21 +66,21 @@ def test_without_quantization_nothing_changes(layer, alpha, beta):
 def test_full_rank_layer_is_exact_up_to_bfloat16(layer, name):
     """With rank = full width the branch is the layer; 4-bit codes only see what bfloat16 lost (under 1 %)."""
     W, x = layer
-    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, precision=precision(name))
+    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, scheme=scheme(name))
     reference = x @ W.T
-    assert relative_error(exact_path(x, factors), reference) < 0.01
+    assert relative_error(low_rank_path(x, factors), reference) < 0.01
     assert relative_error(layer_output(x, factors, 1.0, 0), reference) < 0.003
 
 
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
 def test_smoothing_and_branch_beat_plain_rounding(layer, name):
     W, x = layer
-    x_span, w_span = x[:256].abs().amax(0), W.abs().amax(0)
+    x_magnitude, w_magnitude = x[:256].abs().amax(0), W.abs().amax(0)
     held_out, reference = x[256:], x[256:] @ W.T
 
     def error(alpha: float, rank: int) -> float:
-        smooth = smoothing_factor(x_span, w_span, alpha=alpha, beta=alpha)
-        factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=rank, seed=0, precision=precision(name))
+        smooth = smoothing_factor(x_magnitude, w_magnitude, alpha=alpha, beta=alpha)
+        factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=rank, seed=0, scheme=scheme(name))
         return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
 
     assert error(0.5, 16) < 0.8 * error(0.0, 0)
@@ -92,7 +92,7 @@ ROTATIONS = [0, 32, 128]
 def search(layer, exponents, rotations, name):
     W, x = layer
     mean = x.mean(0).bfloat16()
-    return search_transform(W, x, x.std(0), mean, exponents, rotations, rank=8, seed=0, precision=precision(name))
+    return search_transform(W, x, x.std(0), mean, exponents, rotations, rank=8, seed=0, scheme=scheme(name))
 
 
 def test_search_takes_the_smallest_error(layer):
@@ -104,7 +104,7 @@ def test_search_takes_the_smallest_error(layer):
     assert found.transform.rotation == ROTATIONS[found.rotation_errors.index(min(found.rotation_errors))]
     assert torch.equal(found.transform.smooth, smoothing_factor(x.std(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta))
     assert torch.equal(found.transform.mean, x.mean(0).bfloat16())
-    factors = nearest_factors(W, found.transform, rank=8, seed=0, precision=precision("int4"))
+    factors = nearest_factors(W, found.transform, rank=8, seed=0, scheme=scheme("int4"))
     assert torch.equal(factors.proj_down, found.proj_down) and torch.equal(factors.proj_up, found.proj_up)
     assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item() == min(found.rotation_errors)
 
@@ -120,6 +120,6 @@ def test_another_candidate_never_raises_the_score(layer, name):
 def test_unquantized_activations(layer):
     W, x = layer
     fmt = get_format("int4")
-    w4a16 = Precision(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
-    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, precision=w4a16)
-    torch.testing.assert_close(main_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)
+    w4a16 = QuantScheme(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
+    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, scheme=w4a16)
+    torch.testing.assert_close(quantized_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
-from stepquant.quantize.layer import Precision, layer_output, relative_error
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
+from stepquant.quantize.quantized_layer import QuantScheme, layer_output, relative_error
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
@@ -18,7 +18,7 @@ def smoothing_of(W, x):
 
 def held_out_error(W, x, transform, name):
     fmt = get_format(name)
-    factors = nearest_factors(W, transform, rank=8, seed=0, precision=Precision(fmt, "ceil", fmt, "ceil"))
+    factors = nearest_factors(W, transform, rank=8, seed=0, scheme=QuantScheme(fmt, "ceil", fmt, "ceil"))
     return relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item()
 
 
@@ -37,9 +37,9 @@ def test_moments_are_those_of_the_transformed_input(layer, rotation):
     W, x = layer
     mean = x[:100].mean(0).bfloat16()
     transform = InputTransform(smoothing_of(W, x), mean, rotation)
-    centred, z = x - mean.float(), transform.apply(x)
+    centered, z = x - mean.float(), transform.apply(x)
     expected = z.T @ z
-    torch.testing.assert_close(transform.moments(centred.T @ centred), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(transform.hessian(centered.T @ centered), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -57,8 +57,8 @@ def test_centring_pays_where_channels_have_means(layer, name):
     train, held_out = x[:256], x[256:]
     mean = train.mean(0).bfloat16()
     plain = InputTransform.smoothing(smoothing_of(W, train))
-    centred = InputTransform(smoothing_of(W, train - mean.float()), mean, 0)
-    assert held_out_error(W, held_out, centred, name) < 0.8 * held_out_error(W, held_out, plain, name)
+    centered = InputTransform(smoothing_of(W, train - mean.float()), mean, 0)
+    assert held_out_error(W, held_out, centered, name) < 0.8 * held_out_error(W, held_out, plain, name)
 
 
 def test_rotation_pays_for_int4(layer):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stepquant.errors import UserError
 from stepquant.evaluate.layers import LayerError
-from stepquant.evaluate.records import FormatPair, Record, measure_video, memory, summarize_layers, summarize_videos
+from stepquant.evaluate.metrics_file import FormatPair, Record, measure_video, memory, summarize_layers, summarize_videos
 from stepquant.evaluate.summary import Bootstrap
 from stepquant.report.page import GALLERY_WIDTH, GalleryRow, write_report
 from stepquant.report.plots import ClipRatio

@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from stepquant.evaluate.layers import LayerError
-from stepquant.evaluate.records import FormatPair, Record, VideoMetrics, memory, summarize_layers, summarize_videos
+from stepquant.evaluate.metrics_file import FormatPair, Record, VideoMetrics, memory, summarize_layers, summarize_videos
 from stepquant.evaluate.summary import Bootstrap
 from stepquant.report import plots
 from stepquant.report.plots import ClipRatio

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from stepquant.evaluate.layers import LayerError
-from stepquant.evaluate.records import (
+from stepquant.evaluate.metrics_file import (
     Compared,
     Estimate,
     FormatPair,

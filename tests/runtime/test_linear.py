@@ -5,8 +5,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.errors import UserError
+from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 
 N, K, R = 6, 128, 4
@@ -19,8 +19,8 @@ SIGNED_E2M1 = torch.cat((E2M1, -E2M1))
 SIGNED_INT4 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]).float()
 
 
-def make_linear(weight, activation, rank=R, rounding="ceil", bias=True, centred=False, rotation=0):
-    settings = QuantizationSettings(weight, activation, rounding, rank, centred, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
+def make_linear(weight, activation, rank=R, rounding="ceil", bias=True, mean_subtraction=False, rotation=0):
+    settings = QuantizationSettings(weight, activation, rounding, rank, mean_subtraction, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
     linear = W4A4Linear(K, N, bias, settings, device="cpu", rotation=rotation)
     g = torch.Generator().manual_seed(1)
     linear.qweight.copy_(torch.randint(-128, 128, (N, K // 2), generator=g))
@@ -33,7 +33,7 @@ def make_linear(weight, activation, rank=R, rounding="ceil", bias=True, centred=
         linear.wtscale.copy_(torch.tensor([1e-4]))
         linear.wcscales.copy_(0.5 + torch.rand(N, generator=g))
     linear.smooth_factor.copy_(0.5 + torch.rand(K, generator=g))
-    if centred:
+    if mean_subtraction:
         linear.mean.copy_(torch.randn(K, generator=g))
     if rank:
         linear.proj_down.copy_(0.1 * torch.randn(K, rank, generator=g))
@@ -111,7 +111,7 @@ def sylvester(order):
 @pytest.mark.parametrize("weight", FORMATS)
 @pytest.mark.parametrize("rotation", [0, 16, 64])
 def test_centred_and_rotated(weight, rotation):
-    linear = make_linear(weight, weight, centred=True, rotation=rotation)
+    linear = make_linear(weight, weight, mean_subtraction=True, rotation=rotation)
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
     seen = (x - linear.mean.float()) / linear.smooth_factor.float()
     if rotation:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.errors import UserError
 from stepquant.models.bins import make_bins
+from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 from stepquant.runtime.timestep import bin_index, follow_timestep, set_bin
 

@@ -15,7 +15,7 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from stages import common
+from stages import _stage
 from tests.workspace import SOURCE_MODEL, TINY_MODEL, cut_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +30,7 @@ PARAMS = {
     },
     "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "validation_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": 1, "low_noise": 1},
-    "capture": {"search_tokens": 16, "heldout_tokens": 16, "blocks_per_share": 1},
+    "capture": {"search_tokens": 16, "heldout_tokens": 16, "blocks_per_shard": 1},
     "lowrank": {"rank": 8},
     "smooth": {"alpha": 0.5},
     "generate": {"manifest": MANIFEST, "prompts": 1},
@@ -143,7 +143,7 @@ def copy_or_link(source: str, target: str) -> None:
 def in_process(patch: pytest.MonkeyPatch, root: Path) -> None:
     """Stages run in the current folder, and would ask Linux to end this process, pytest, with its parent."""
     patch.chdir(root)
-    patch.setattr(common, "die_with_parent", lambda: None)
+    patch.setattr(_stage, "die_with_parent", lambda: None)
 
 
 # What the file system can refuse, by its audit event: which of the arguments is the path that would be written.

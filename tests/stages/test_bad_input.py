@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stages import blocks
+from stages import _blocks
 from tests.stages.conftest import MANIFEST, TINY_MODEL
 
 HIGH = ("--expert", "high_noise")
@@ -51,7 +51,7 @@ def test_an_unknown_parameter_of_one_expert(folder, refused):
 def test_a_missing_parameter(folder, refused):
     text = (folder.root / "params.yaml").read_text()
     (folder.root / "params.yaml").write_text(text.replace("  noise: 0.25\n", "", 1))
-    assert refused("gptq", *HIGH) == "params.yaml: gptq.noise: missing; expected the keys scales, refits, noise, dampings, act_order, block_size"
+    assert refused("gptq", *HIGH) == "params.yaml: gptq.noise: missing; expected the keys scales, refits, noise, dampings, act_order, column_block"
 
 
 def test_an_expert_or_a_variant_that_is_not_there(refused):
@@ -105,9 +105,9 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
 
 
 def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
-    folder.set("rotate.blocks", [0, 512])
+    folder.set("rotate.hadamard_sizes", [0, 512])
     message = refused("lowrank", *HIGH)
-    assert message == "rotate.blocks, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
+    assert message == "rotate.hadamard_sizes, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
 
 
 def narrow_feed_forward(expert, size):
@@ -265,7 +265,7 @@ def test_a_full_disk_while_factors_are_written(folder, refused, monkeypatch):
         # What safetensors raises on a full tmpfs; it has no errno.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(blocks, "save_file", full)
+    monkeypatch.setattr(_blocks, "save_file", full)
     message = refused("lowrank", *HIGH)
     assert message == f"a file below {folder.root}: No space left on device; free space or make the folder writable, then run the same command again"
 

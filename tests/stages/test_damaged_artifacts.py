@@ -37,27 +37,27 @@ def test_factors_that_are_missing_or_truncated(folder, refused, how):
 
 def test_a_missing_chunk_of_the_activations(folder, refused):
     """Zarr would read zeros. Units of capture are whole, and bring it back."""
-    chunk = folder.root / "artifacts/activations/high_noise.zarr/block_00/attn2.q/second_moment/c/0/0"
+    chunk = folder.root / "artifacts/activations/high_noise.zarr/block_00/attn2.q/hessian/c/0/0"
     whole = chunk.read_bytes()
     chunk.unlink()
     message = refused("lowrank", *HIGH)
-    assert "attn2.q/second_moment: 0 of 1 chunks are there; remove the folder and run its stage again" in message
+    assert "attn2.q/hessian: 0 of 1 chunks are there; remove the folder and run its stage again" in message
     folder.finish("capture", *HIGH)
     assert chunk.read_bytes() == whole
 
 
 def test_a_truncated_unit_is_made_again(folder):
-    """The outputs of a share of calls, which only the next block reads, are cut short between two runs."""
+    """The outputs of a shard of calls, which only the next block reads, are cut short between two runs."""
     before = folder.artifacts()
     shutil.rmtree(folder.root / ".units/capture@high_noise")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "add_up", lambda shares, *rest: in_place_of(*shortened(shares[0].folder)) or 1 / 0)
+        patch.setattr(capture, "add_up_shards", lambda shards, *rest: in_place_of(*shortened(shards[0])) or 1 / 0)
         assert isinstance(folder.run("capture", *HIGH).exception, ZeroDivisionError)
     folder.finish("capture", *HIGH)
     assert folder.artifacts() == before
 
 
-def shortened(share):
-    """A file of a share, and the first half of it."""
-    file = next(share.glob("hidden_states.*"))
+def shortened(shard):
+    """A file of a shard, and the first half of it."""
+    file = next(shard.glob("hidden_states.*"))
     return file, file.read_bytes()[: file.stat().st_size // 2]

@@ -17,9 +17,13 @@ from typing import Any
 
 import torch
 
-from stepquant.calibration.arrays import open_group, read_tensor, write_group
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
+from stepquant.models.prompts import Prompt
+from stepquant.models.sampling import sample
+from stepquant.params import Sampling
+from stepquant.storage import object_store
+from stepquant.storage.zarr_groups import open_group, read_tensor, write_group
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,16 @@ def recorded(experts: dict[str, torch.nn.Module]) -> Iterator[list[dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_prompt(pipe: Any, sampling: Sampling, prompt: Prompt, folder: Path, url: str | None) -> None:
+    """Sample one prompt and write its trajectory into a folder; url: the object store to move it into, None for the disk."""
+    experts = {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2} if pipe.transformer_2 else {"denoiser": pipe.transformer}
+    with recorded(experts) as calls:
+        sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
+    write_trajectory(folder, calls, pipe.transformer.config.out_channels, prompt.split, f"prompt {prompt.id}")
+    if url is not None:
+        object_store.move(folder, url)
 
 
 def write_trajectory(folder: Path, calls: list[dict[str, Any]], latent_channels: int, split: str, where: str) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.errors import UserError
 from stepquant.models.weights import Weights
+from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.linear import W4A4Linear
 
 
@@ -19,8 +19,10 @@ def read_settings(folder: Path) -> QuantizationSettings:
     return QuantizationSettings.from_config(config["quantization_config"])
 
 
-def read_linear(weights: Weights, settings: QuantizationSettings, target: str, N: int, K: int, device: str) -> W4A4Linear:
-    """The linear called `target` [N, K] as packed, on a device; its bias, if there is one, in float32."""
+def read_linear(weights: Weights, settings: QuantizationSettings, target: str, device: str) -> W4A4Linear:
+    """The linear called `target` as packed, on a device; its bias, if there is one, in float32."""
+    N, half_K = weights.shape(f"{target}.qweight")
+    K = 2 * half_K
     has_bias = f"{target}.bias" in weights
     linear = W4A4Linear(K, N, has_bias, settings, device, rotation=settings.rotations.get(target, 0))
     for name in linear_layout(settings, N, K):

@@ -12,8 +12,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from stepquant.checkpoint.layout import QUANT_METHOD, QuantizationSettings
 from stepquant.errors import UserError
+from stepquant.runtime.layout import QUANT_METHOD, QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 from stepquant.runtime.timestep import follow_timestep
 
@@ -102,7 +102,7 @@ def _swap(model: nn.Module, target: str, settings: QuantizationSettings) -> None
         raise UserError(f"quantization_config: target {target!r} is no module of {type(model).__name__}") from e
     if not isinstance(linear, nn.Linear):
         raise UserError(f"quantization_config: target {target!r} is a {type(linear).__name__}; expected a linear")
-    has_bias = linear.bias is not None or settings.centred
+    has_bias = linear.bias is not None or settings.mean_subtraction
     rotation = settings.rotations.get(target, 0)
     quantized = W4A4Linear(linear.in_features, linear.out_features, has_bias, settings, device="meta", rotation=rotation)
     quantized.bin = torch.zeros(1, dtype=torch.int64)  # not stored, so nothing will replace a meta tensor

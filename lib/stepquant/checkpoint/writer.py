@@ -1,4 +1,4 @@
-"""Writes quantized checkpoints in the layout of stepquant.checkpoint.layout, one block in memory at a time.
+"""Writes quantized checkpoints in the layout of stepquant.runtime.layout, one block in memory at a time.
 
 Same input, same bytes: keys are sorted, and each safetensors file has one metadata key, since safetensors writes
 several in random order. A folder appears under its name when all of it is on disk, or not at all.
@@ -15,10 +15,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepquant.checkpoint.layout import QuantizationSettings
 from stepquant.checkpoint.packed import PackedLinear
 from stepquant.errors import UserError
 from stepquant.models.weights import PICKLE_SUFFIXES, Weights, open_weights
+from stepquant.runtime.layout import QuantizationSettings
 
 STEM = "diffusion_pytorch_model"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from stepquant.commands import remedy
-from stepquant.compute.device import prepare_torch
+from stepquant.command_runner import remedy
 from stepquant.compute.units import UnitStore
 from stepquant.errors import UserError
 from stepquant.params import Compute
+from stepquant.torch_setup import prepare_torch
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker hands back: the unit's digest, or the mistake that the user has to mend; and what it said on stderr."""
+    """What a worker hands back: the unit's digest, or the mistake that the user has to fix; and what it said on stderr."""
 
     key: str
     digest: str | None
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def run_task(task: Task, root: Path, compute: Compute) -> Outcome:
-    """Make one unit in a worker process. What the user has to mend comes back as text, since each engine dresses up errors
+    """Make one unit in a worker process. What the user has to fix comes back as text, since each engine dresses up errors
     in its own way; any other error is ours, and is raised."""
     said = io.StringIO()
     try:

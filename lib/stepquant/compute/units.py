@@ -10,7 +10,6 @@ before its stage runs. A stage ends by gathering its units into the out by hardl
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,14 +17,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from stepquant.storage.digests import content_key, file_digests
 
 MARKER = "unit.json"
-
-
-def content_key(**parts: Any) -> str:
-    """SHA-256 of the parts as canonical JSON: the same parts give the same key in every process."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,12 +106,6 @@ def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder by its relative path, hidden files and folders left out; sorted."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {name: _sha256(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))}
-
-
 def _finished_files(folder: Path) -> dict[str, str] | None:
     """What the marker of a unit lists; None if the marker, or a file in its list, is gone or has another size."""
     marker = folder / MARKER
@@ -138,11 +127,6 @@ def _link(source: str, target: str) -> None:
 
 def _digest(files: dict[str, str]) -> str:
     return content_key(files=files)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path, files: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ class LayerError:
     """Relative error of one site of one block in one timestep bin, on held-out tokens.
 
     bin is None at a site that does not depend on t. error is ||Y_q - Y||_F / ||Y||_F of the layer's output, see
-    `stepquant.quantize.layer.relative_error`.
+    `stepquant.quantize.quantized_layer.relative_error`.
     """
 
     expert: str

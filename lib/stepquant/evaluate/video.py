@@ -18,7 +18,7 @@ from av.container import Flags
 from PIL import Image, ImageDraw, ImageFont
 
 from stepquant.errors import UserError
-from stepquant.files import finished_or_absent
+from stepquant.storage.atomic import finished_or_absent
 
 LABEL_HEIGHT = 16  # pixels of the caption band of a preview
 
@@ -93,7 +93,7 @@ def encode_gif(frames: np.ndarray, fps: int) -> bytes:
     """An endlessly looping GIF of frames (uint8 [F, H, W, 3]); for the eye only, it keeps 256 colours.
 
     One palette serves all frames and nothing is dithered: a palette or dither pattern per frame would flicker, and
-    flicker is one of the artefacts a viewer is to judge. GIF counts time in 1/100 s, so the speed is rounded to that.
+    flicker is one of the artefacts a viewer looks for. GIF counts time in 1/100 s, so the speed is rounded to that.
     """
     check_video(frames)
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, Image.Quantize.MEDIANCUT)

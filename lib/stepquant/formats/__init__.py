@@ -1,8 +1,8 @@
 """4-bit number formats: scales, encoding, decoding and packing. Pure functions of tensors, on any device."""
 
-from stepquant.formats.core import Format, Scales, check_finite, check_groups
-from stepquant.formats.nibbles import pack_nibbles, unpack_nibbles
+from stepquant.formats.base import Format, Scales, check_finite, check_groups
 from stepquant.formats.nvfp4 import nvfp4_tensor_scale
+from stepquant.formats.packing import pack_nibbles, unpack_nibbles
 from stepquant.formats.registry import get_format, weight_scales
 
 __all__ = [

@@ -8,7 +8,7 @@ Storage contract: code uint8 0..15 = sign (bit 3), exponent (bits 2..1, bias 1),
 import torch
 from torch import Tensor
 
-from stepquant.formats.core import Format
+from stepquant.formats.base import Format
 
 E2M1_MAX = 6.0
 
@@ -49,10 +49,10 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
 class E2M1Format(Format):
     """A format with E2M1 elements; its kinds of scale are left to the subclass."""
 
-    def round_units(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor) -> Tensor:
         return round_e2m1(y)
 
-    def codes_of_units(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor) -> Tensor:
         return to_e2m1_codes(y)
 
     def _from_codes(self, codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ below 1 pushes a value there.
 import torch
 from torch import Tensor
 
-from stepquant.formats.core import Format, Scales, check_no_offset, check_no_tensor_scale
+from stepquant.formats.base import Format, Scales, check_no_offset, check_no_tensor_scale
 
 # A scale of zero would divide zero by zero; the smallest normal number decodes an all-zero group to exact zeros.
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
@@ -23,6 +23,7 @@ class Int4(Format):
     name = "int4"
     group = 64
     bits = 4 + 16 / 64
+    scale_dtype = torch.bfloat16
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_offset(self, exponent_offset)
@@ -33,20 +34,20 @@ class Int4(Format):
     def tensor_scale(self, x: Tensor) -> None:
         return None
 
-    def _step(self, scales: Scales) -> Tensor:
+    def _scale(self, scales: Scales) -> Tensor:
         return scales.group.float().unsqueeze(-1)
 
-    def _inverse(self, scales: Scales) -> Tensor:
+    def _reciprocal(self, scales: Scales) -> Tensor:
         return scales.group.float().reciprocal()
 
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        return groups / self._step(scales)  # which a product with the rounded inverse is not, bit for bit
+        return groups / self._scale(scales)  # which a product with the rounded inverse is not, bit for bit
 
-    def round_units(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor) -> Tensor:
         return y.round_().clamp_(-8, 7)
 
-    def codes_of_units(self, y: Tensor) -> Tensor:
-        return self.round_units(y).to(torch.int8).view(torch.uint8) & 0x0F
+    def encode_scaled(self, y: Tensor) -> Tensor:
+        return self.round_to_grid(y).to(torch.int8).view(torch.uint8) & 0x0F
 
     def _from_codes(self, codes: Tensor) -> Tensor:
         # Flipping the sign bit maps the nibble's order 0..7, -8..-1 to 8..15, 0..7, eight above its value.

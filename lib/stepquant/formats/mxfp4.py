@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import UserError
-from stepquant.formats.core import Scales, check_no_tensor_scale
+from stepquant.formats.base import Scales, check_no_tensor_scale
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _BIAS = 127
@@ -26,6 +26,7 @@ class Mxfp4(E2M1Format):
     name = "mxfp4"
     group = 32
     bits = 4 + 8 / 32
+    scale_dtype = torch.uint8  # E8M0
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_tensor_scale(self, tensor)
@@ -42,12 +43,12 @@ class Mxfp4(E2M1Format):
     def tensor_scale(self, x: Tensor) -> None:
         return None
 
-    def _step(self, scales: Scales) -> Tensor:
+    def _scale(self, scales: Scales) -> Tensor:
         # e is float32's own exponent field, except that e = 0 is 2^-127: subnormal, bit 22. (torch.compile lacks E8M0.)
         bits = (scales.group.int() << 23).clamp(min=1 << 22)
         return bits.view(torch.float32).unsqueeze(-1)
 
-    def _inverse(self, scales: Scales) -> Tensor:
+    def _reciprocal(self, scales: Scales) -> Tensor:
         # 2^(127 - e), also from its bits: dividing by 2^-127 would fail on devices that flush subnormals to zero.
         return ((2 * _BIAS - scales.group.int()) << 23).view(torch.float32)
 

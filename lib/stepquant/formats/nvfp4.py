@@ -13,7 +13,7 @@ The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and kept among it
 import torch
 from torch import Tensor
 
-from stepquant.formats.core import Scales, check_no_offset
+from stepquant.formats.base import Scales, check_no_offset
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _E4M3 = torch.finfo(torch.float8_e4m3fn)
@@ -25,6 +25,8 @@ class Nvfp4(E2M1Format):
     name = "nvfp4"
     group = 16
     bits = 4 + 8 / 16
+    scale_dtype = torch.float8_e4m3fn
+    has_tensor_scale = True
 
     def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
         check_no_offset(self, exponent_offset)
@@ -36,10 +38,10 @@ class Nvfp4(E2M1Format):
     def tensor_scale(self, x: Tensor) -> Tensor:
         return nvfp4_tensor_scale(x)
 
-    def _step(self, scales: Scales) -> Tensor:
+    def _scale(self, scales: Scales) -> Tensor:
         return (scales.tensor * scales.group.float()).unsqueeze(-1)
 
-    def _inverse(self, scales: Scales) -> Tensor:
+    def _reciprocal(self, scales: Scales) -> Tensor:
         return scales.tensor.reciprocal() / scales.group.float()
 
 

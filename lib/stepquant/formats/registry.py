@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from stepquant.errors import UserError
-from stepquant.formats.core import Format, Scales, check_finite
+from stepquant.formats.base import Format, Scales, check_finite
 from stepquant.formats.int4 import Int4
 from stepquant.formats.mxfp4 import Mxfp4
 from stepquant.formats.nvfp4 import Nvfp4

@@ -4,7 +4,7 @@ Bins are defined by t, never by step index, so that another step count or shift 
 same bin. Index 0 is the noisiest bin, the one a sampler visits first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stepquant.errors import UserError
@@ -49,3 +49,10 @@ def make_bins(spec: int | Sequence[float], low: float, high: float, key: str) ->
     if edges[0] < high or edges[-1] > low:
         raise UserError(f"{key}: edges {list(spec)} do not cover [{low:g}, {high:g}]; allowed: first and last edge at or beyond it")
     return Bins(tuple(edges))
+
+
+def expert_bins(specs: Mapping[str, int | Sequence[float]], expert: str, t_range: tuple[float, float]) -> Bins:
+    """One expert's bins over its range of t, from the params section `bins`. Raises UserError as `make_bins`, or if it has none."""
+    if expert not in specs:
+        raise UserError(f"params: missing key 'bins.{expert}'")
+    return make_bins(specs[expert], *t_range, f"bins.{expert}")

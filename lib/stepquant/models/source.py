@@ -1,6 +1,5 @@
 """The source model: where it is, what it consists of, and the BF16 pipeline itself."""
 
-import hashlib
 import json
 from math import prod
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import torch
 
-from stepquant.compute.units import file_digests
 from stepquant.errors import UserError
+from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
+from stepquant.storage.digests import file_digests
 
 # Which expert of the pipeline lies in which subfolder: above the boundary `transformer` works, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
@@ -41,17 +41,17 @@ def resolve_source(source: str, revision: str | None) -> Path:
         raise UserError(f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}") from None
 
 
-def describe_source(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
+def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
     """The model manifest: `describe_experts`, and the SHA-256 of every file of the model's components.
 
     Loads no weights. Paths inside are relative to the source folder. Raises UserError as `describe_experts`.
     """
     described = describe_experts(folder, source, revision)
     files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
-    return described | {"files": files}
+    return described.model_copy(update={"files": files})
 
 
-def describe_experts(folder: Path, source: str, revision: str | None) -> dict[str, Any]:
+def describe_experts(folder: Path, source: str, revision: str | None) -> ModelManifest:
     """Experts with t ranges, blocks, sites and shapes, from configs and the headers of weight files.
 
     Raises UserError if a component is missing, or if its weights are missing, truncated or pickled.
@@ -63,27 +63,27 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> dict[st
     folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
     edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
     ranges = list(zip(edges, edges[1:]))[::-1]
-    return {
-        "source": source,
-        "revision": revision,
-        "pipeline": index["_class_name"],
-        "num_train_timesteps": steps,
-        "compression": _compression(folder / "vae" / "config.json"),
-        "experts": {
+    return ModelManifest(
+        source=source,
+        revision=revision,
+        pipeline=index["_class_name"],
+        num_train_timesteps=steps,
+        compression=_compression(folder / "vae" / "config.json"),
+        experts={
             name: _describe_expert(folder / subfolder, subfolder, low, high)
             for (name, subfolder), (low, high) in zip(folders.items(), ranges)
         },
-    }
+    )
 
 
-def _compression(file: Path) -> dict[str, int]:
+def _compression(file: Path) -> Compression:
     """By what the VAE shrinks a video; the Wan VAE's factors where a pipeline has none."""
     config = _read_json(file) if file.is_file() else {}
-    return {key: config.get(key, factor) for key, factor in COMPRESSION.items()}
+    return Compression.model_validate({key: config.get(key, factor) for key, factor in COMPRESSION.items()})
 
 
 def _check_components(folder: Path) -> None:
-    """Refuse a pipeline with a component missing or broken before anything loads it: diffusers' own errors are a riddle."""
+    """Refuse a pipeline with a component missing or broken before anything loads it: diffusers' own errors are cryptic."""
     for name, value in _read_json(folder / "model_index.json", "_class_name").items():
         if not isinstance(value, list) or not value[0]:
             continue
@@ -108,29 +108,29 @@ def _read_json(file: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> dict[str, Any]:
+def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> ExpertManifest:
     weights = open_weights(folder)
     config = _read_json(folder / "config.json", "num_layers", *INPUT_KEYS)
-    shapes = {path: list(weights.shape(f"blocks.0.{path}.weight")) for site in WAN_SITES for path in site.linears}
     sites = {
-        site.name: {"depends_on_timestep": site.depends_on_timestep, "linears": {path: shapes[path] for path in site.linears}}
+        site.name: SiteManifest(
+            depends_on_timestep=site.depends_on_timestep,
+            linears={path: _matrix(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears},
+        )
         for site in WAN_SITES
     }
-    return {
-        "subfolder": subfolder,
-        "t_range": [low, high],
-        "blocks": config["num_layers"],
-        "sites": sites,
-        "inputs": {key: config[key] for key in INPUT_KEYS},
-        "bf16_bytes": sum(2 * prod(weights.shape(key)) for key in weights),
-    }
+    return ExpertManifest(
+        subfolder=subfolder,
+        t_range=(low, high),
+        blocks=config["num_layers"],
+        sites=sites,
+        inputs=DenoiserInputs.model_validate({key: config[key] for key in INPUT_KEYS}),
+        bf16_bytes=sum(2 * prod(weights.shape(key)) for key in weights),
+    )
 
 
-def expert_digest(manifest: dict[str, Any], expert: str) -> str:
-    """Digest of one expert's files, as recorded in the model manifest."""
-    prefix = manifest["experts"][expert]["subfolder"] + "/"
-    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(prefix)}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = shape
+    return rows, columns
 
 
 def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:

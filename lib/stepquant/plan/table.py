@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from stepquant.calibration.activations import FEW_TOKENS
 from stepquant.plan import sizes
+from stepquant.plan.costs import stage_costs
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine
-from stepquant.plan.run import ASSUMED_PROMPTS, Run, summed_tokens
-from stepquant.plan.work import stage_costs
+from stepquant.plan.workload import ASSUMED_PROMPTS, Workload, summed_tokens
+from stepquant.recipe.site_statistics import FEW_TOKENS
 
 SAMPLING = ("trajectories", "generate")
 
@@ -17,7 +17,7 @@ SAMPLE_ELSEWHERE = "sample on a larger machine and fetch the out with DVC; sampl
 SMALLER = {
     "trajectories": SAMPLE_ELSEWHERE,
     "generate": SAMPLE_ELSEWHERE,
-    "capture": "lower capture.calls_per_chunk (device) or .calls_per_share (host), then sampling.num_frames, .height or .width",
+    "capture": "lower capture.calls_per_chunk (device) or .calls_per_shard (host), then sampling.num_frames, .height or .width",
     "lowrank": "lower capture.search_tokens",
     "gptq": "no parameter helps: second moments of the widest site have to fit",
     "clip": "lower capture.search_tokens",
@@ -26,7 +26,7 @@ SMALLER = {
 LESS_DISK = "lower capture.steps_per_bin or the numbers of prompts in trajectories: each replayed call leaves its hidden states"
 
 
-def plan_table(run: Run, machine: Machine) -> Table:
+def plan_table(run: Workload, machine: Machine) -> Table:
     """A row per stage: time, peak memory, what it leaves on disk and what it needs there meanwhile."""
     table = Table(title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk", title_justify="left")
     for column in ("stage", "time", "host", "device", "out", "scratch"):
@@ -40,7 +40,7 @@ def plan_table(run: Run, machine: Machine) -> Table:
     return table
 
 
-def warnings(run: Run, machine: Machine) -> Iterator[str]:
+def warnings(run: Workload, machine: Machine) -> Iterator[str]:
     """What this machine is too small for, and the parameter that helps."""
     costs = stage_costs(run, machine)
     for cost in costs:
@@ -56,7 +56,7 @@ def warnings(run: Run, machine: Machine) -> Iterator[str]:
         yield f"{_size(disk)} of disk are needed, {_size(machine.disk_bytes)} are there: {LESS_DISK}"
 
 
-def calibration_warnings(run: Run) -> Iterator[str]:
+def calibration_warnings(run: Workload) -> Iterator[str]:
     """Bins without a step, and second moments on too few tokens."""
     for expert in run.experts:
         for b, steps in enumerate(expert.steps):
@@ -69,7 +69,7 @@ def calibration_warnings(run: Run) -> Iterator[str]:
                 yield f"{expert.name} {site.name}: {found}; raise trajectories.calibration_prompts"
 
 
-def model_lines(run: Run) -> Iterator[str]:
+def model_lines(run: Workload) -> Iterator[str]:
     """The model before and after, and the calls that are recorded."""
     for expert in run.experts:
         steps = "/".join(map(str, expert.steps))
@@ -86,7 +86,7 @@ def model_lines(run: Run) -> Iterator[str]:
     )
 
 
-def prompt_line(run: Run) -> str:
+def prompt_line(run: Workload) -> str:
     """How many prompts are counted on, and where that comes from."""
     counts = ", ".join(f"{count} {split}" for split, count in run.prompts.items())
     return f"prompts: {counts} (from params, else from the manifests they name, else {', '.join(map(str, ASSUMED_PROMPTS.values()))})"

@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stepquant.quantize.refine import Problem, with_damping
+from stepquant.quantize.alternate import RoundingProblem, with_damping
 
-JUDGED_ROWS = 256  # outputs that candidates are compared by: rows are independent, and alike
-NOTICEABLE = 0.998  # of an error: a candidate has to be better by more than this to be worth the next one's time
+VALIDATION_ROWS = 256  # outputs that candidates are compared by: rows are independent, and alike
+MIN_IMPROVEMENT = 0.998  # of an error: a candidate has to be better by more than this to be worth the next one's time
 
 
-def judged_rows(W: Tensor, rank: int) -> Tensor:
+def validation_rows(W: Tensor, rank: int) -> Tensor:
     """Which outputs of W [N, K] candidates are compared by, int64: spread evenly, as many as a branch of that rank needs at least."""
-    return torch.arange(0, len(W), max(1, len(W) // max(JUDGED_ROWS, rank)), device=W.device)
+    return torch.arange(0, len(W), max(1, len(W) // max(VALIDATION_ROWS, rank)), device=W.device)
 
 
 def search_damping(
-    problem: Problem, dampings: Sequence[float], error: Callable[[Problem], float], *, act_order: bool
-) -> tuple[Problem, list[float]]:
+    problem: RoundingProblem, dampings: Sequence[float], error: Callable[[RoundingProblem], float], *, act_order: bool
+) -> tuple[RoundingProblem, list[float]]:
     """The problem under the damping of the smallest error, and the errors of the dampings that were tried, in their order.
 
     problem: under the first of the dampings, which rise. The search goes up and ends where error no longer falls noticeably, so that a
@@ -37,7 +37,7 @@ def search_damping(
     for damping in dampings[1:]:
         candidate = with_damping(problem, damping, act_order=act_order)
         errors.append(error(candidate))
-        if not errors[-1] < NOTICEABLE * errors[-2]:
+        if not errors[-1] < MIN_IMPROVEMENT * errors[-2]:
             break
         problem = candidate
     return problem, errors

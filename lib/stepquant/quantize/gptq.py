@@ -70,22 +70,22 @@ def inverse_factor(H: Tensor, *, damping: float, act_order: bool, noise: Tensor 
     return InverseFactor(U, order, damping, damping * diagonal.mean().item(), retries, int(dead.sum()))
 
 
-def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, block_size: int = 128) -> Tensor:
+def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, column_block: int = 128) -> Tensor:
     """Codes uint8 [N, K] of W [N, K] under static scales that make the error of X @ W.T small.
 
-    W is the residual the codes stand for; computed in float32. block_size only sets how often the columns to the right are
+    W is the residual the codes stand for; computed in float32. column_block only sets how often the columns to the right are
     brought up to date; it changes speed, not the method. Raises UserError if W is not finite.
     """
     check_finite(W, "GPTQ weight")
     U, order = factor.U, factor.order
     columns = W.float().T[order]  # transposed, so that a column of W is contiguous
-    step, inverse = (unit.T for unit in fmt.unit(scales))
+    step, inverse = (unit.T for unit in fmt.scale_and_reciprocal(scales))
     codes = torch.empty_like(columns, dtype=torch.uint8)
-    for i1 in range(0, len(columns), block_size):
-        i2 = min(i1 + block_size, len(columns))
+    for i1 in range(0, len(columns), column_block):
+        i2 = min(i1 + column_block, len(columns))
         group = order[i1:i2] // fmt.group
         Y, E = _round_block(columns[i1:i2], U[i1:i2, i1:i2], step[group], inverse[group], fmt)
-        codes[i1:i2] = fmt.codes_of_units(Y)
+        codes[i1:i2] = fmt.encode_scaled(Y)
         columns[i2:].addmm_(U[i1:i2, i2:].T, E, alpha=-1)
 
     stored = torch.empty_like(codes)
@@ -105,7 +105,7 @@ def _round_block(columns: Tensor, U: Tensor, step: Tensor, inverse: Tensor, fmt:
         end = min(start + INNER, len(columns))
         for i in range(start, end):
             Y[i] = y = columns[i] * inverse[i]
-            E[i] = torch.addcmul(columns[i], fmt.round_units(y), step[i], value=-1) / U[i, i]
+            E[i] = torch.addcmul(columns[i], fmt.round_to_grid(y), step[i], value=-1) / U[i, i]
             columns[i + 1 : end].addr_(U[i, i + 1 : end], E[i], alpha=-1)
         columns[end:].addmm_(U[start:end, end:].T, E[start:end], alpha=-1)
     return Y, E

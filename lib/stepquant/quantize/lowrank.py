@@ -32,12 +32,12 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
 
 
 def weighted_low_rank_factors(
-    W: Tensor, times_moments: Callable[[Tensor], Tensor], rank: int, *, seed: int, start: Tensor | None = None
+    W: Tensor, times_hessian: Callable[[Tensor], Tensor], rank: int, *, seed: int, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The approximation L = up @ down of W [N, K] that makes tr((W - L) H (W - L).T) smallest: with H the second moments of x this
     is the error of x @ L.T on those tokens, not that of the weight (QERA, arXiv 2410.06040).
 
-    times_moments: H @ thin for a thin [K, n], which is all that is asked of the symmetric H. For any `up` with orthonormal columns
+    times_hessian: H @ thin for a thin [K, n], which is all that is asked of the symmetric H. For any `up` with orthonormal columns
     the best `down` is up.T @ W, whatever H, and the best `up` are the leading eigenvectors of W H W.T: a randomized eigenvalue
     problem, without a root of H or its inverse. start [N, r]: `up` of an approximation that is close already, which spares most of
     the power iterations. Shapes and errors as in `low_rank_factors`.
@@ -45,12 +45,12 @@ def weighted_low_rank_factors(
     _check_rank(W, rank)
     W, known = W.float(), 0 if start is None else start.shape[1]
     width = rank + OVERSAMPLING if _is_worth_sketching(W, rank) else min(W.shape)
-    sketch = W @ times_moments(_random(W.shape[1], max(width - known, 0), seed).to(W))
+    sketch = W @ times_hessian(_random(W.shape[1], max(width - known, 0), seed).to(W))
     Q = torch.linalg.qr(sketch if start is None else torch.cat([start.float(), sketch], dim=1)).Q
     for _ in range(POWER_ITERATIONS if start is None else 1):
-        Q = torch.linalg.qr(W @ times_moments(W.T @ Q)).Q
+        Q = torch.linalg.qr(W @ times_hessian(W.T @ Q)).Q
     projected = Q.T @ W
-    vectors = torch.linalg.eigh(projected @ times_moments(projected.T)).eigenvectors
+    vectors = torch.linalg.eigh(projected @ times_hessian(projected.T)).eigenvectors
     leading = vectors[:, len(vectors) - rank :].flip(1)
     up, down = Q @ leading, leading.T @ projected
     root = torch.linalg.vector_norm(down, dim=1).sqrt()
@@ -58,7 +58,7 @@ def weighted_low_rank_factors(
 
 
 def stored_branch(down: Tensor, up: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of W*s -> (proj_down [K, r], proj_up [N, r]) in bfloat16, as stored: proj_down eats the raw x."""
+    """Factors of W*s -> (proj_down [K, r], proj_up [N, r]) in bfloat16, as stored: proj_down is applied to the raw x."""
     return (down / smooth.float()).T.to(torch.bfloat16).contiguous(), up.to(torch.bfloat16)
 
 

@@ -37,7 +37,7 @@ class InputTransform:
         """What the 4-bit GEMM is given, before rounding: float32 [T, K] for x [T, K] of any floating dtype."""
         return rotate((x.float() - self.mean.float()) / self.smooth.float(), self.rotation)
 
-    def moments(self, H: Tensor) -> Tensor:
+    def hessian(self, H: Tensor) -> Tensor:
         """Second moments [K, K] of `apply(x)`, from those of x - mean."""
         s = self.smooth.float()
         H = H.float() / s[:, None]

@@ -16,23 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from stepquant.errors import UserError
-from stepquant.evaluate.records import Record
+from stepquant.evaluate.metrics_file import Record
 from stepquant.evaluate.video import encode_gif, fit_width
-from stepquant.files import finished_or_absent
+from stepquant.recipe.variants import DESCRIPTIONS
 from stepquant.report import plots
 from stepquant.report.tables import experts, layer_tables, summary_table
+from stepquant.storage.atomic import finished_or_absent
 
 GALLERY_WIDTH = 240  # pixels; larger videos are reduced to it, smaller ones are enlarged by the browser
-
-VARIANTS = {
-    "bf16": "The source model, the reference of everything else.",
-    "w4a16": "The weights of full, which are aimed at rounded activations, with activations left in BF16.",
-    "rtn": "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
-    "svdquant": "Inputs centred, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
-    "svdquant_gptq": "The same, with what the branch leaves rounded by GPTQ, and the branch refitted to what that lost.",
-    "one_clip": "svdquant_gptq, and one activation clip per site for the whole trajectory.",
-    "full": "svdquant_gptq, and an activation clip per site and timestep bin.",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def write_report(
     page = _template().render(
         title=title,
         model=model,
-        explained=VARIANTS,
+        explained=DESCRIPTIONS,
         gallery_width=GALLERY_WIDTH,
         summary=summary_table(records),
         count=records[0].videos.count,

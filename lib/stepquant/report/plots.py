@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stepquant.evaluate.records import Record
+from stepquant.evaluate.metrics_file import Record
 from stepquant.report.tables import experts
 
 STYLE = {

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from stepquant.evaluate.fidelity import PSNR_CAP
-from stepquant.evaluate.records import Compared, Estimate, Record
+from stepquant.evaluate.metrics_file import Compared, Estimate, Record
 
 NONE = "–"  # no value by definition, such as the PSNR of BF16 against itself
 

@@ -1,6 +1,6 @@
 """The quantized linear: 4-bit weights that stay packed, 4-bit activations, a low-rank branch, a clip per timestep bin.
 
-Reference implementation: it computes what the layout in stepquant.checkpoint.layout defines, with the weight
+Reference implementation: it computes what the layout in stepquant.runtime.layout defines, with the weight
 dequantized in every forward and the activations quantized and dequantized. It saves memory, not time; an engine's
 kernel that keeps both operands in 4 bits is an export target.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepquant.checkpoint.layout import QuantizationSettings, linear_layout
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
 from stepquant.quantize.rotate import check_rotation, rotate
+from stepquant.runtime.layout import QuantizationSettings, linear_layout
 
 
 class W4A4Linear(nn.Linear):
@@ -32,7 +32,7 @@ class W4A4Linear(nn.Linear):
         self.activation_format = None if settings.activation_format is None else get_format(settings.activation_format)
         self.activation_rounding = settings.activation_rounding
         self.rank = settings.rank
-        self.centred = settings.centred
+        self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
         check_rotation(rotation, in_features)
         for fmt in (self.weight_format, self.activation_format):
@@ -53,7 +53,7 @@ class W4A4Linear(nn.Linear):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The transformed x as the 4-bit GEMM sees it, with the clip of the current bin; x's shape and dtype."""
-        x32 = x.float() - self.mean.float() if self.centred else x.float()
+        x32 = x.float() - self.mean.float() if self.mean_subtraction else x.float()
         smoothed = rotate(x32 / self.smooth_factor.float(), self.rotation)
         if self.activation_format is None:
             return smoothed.to(x.dtype)

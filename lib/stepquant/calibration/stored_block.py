@@ -1,0 +1,37 @@
+"""One block's weights, statistics and factors, from the source model and the artifacts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stepquant.calibration.statistics_files import block_name, read_statistics, site_folder
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sites import Site
+from stepquant.recipe.site_files import ResidualFactors, TransformFactors
+from stepquant.recipe.site_statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """One block of an expert and what was computed of it; everything is read when asked for, one site at a time.
+
+    folders: the expert's folder by kind of artifact: "activations", "lowrank", "residual"; only those that are read.
+    """
+
+    index: int
+    model: Denoiser
+    folders: dict[str, Path]
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The stacked weight [N, K] of a site's linears, float32."""
+        return torch.cat([self.model.linear_weight(self.index, linear) for linear in site.linears])
+
+    def statistics(self, site: Site) -> SiteStatistics:
+        return read_statistics(site_folder(self.folders["activations"], self.index, site.name), self.model.device)
+
+    def transform_factors(self, site: Site) -> TransformFactors:
+        return TransformFactors.from_file(self.folders["lowrank"] / block_name(self.index), site.name, self.model.device)
+
+    def residual_factors(self, site: Site) -> ResidualFactors:
+        return ResidualFactors.from_file(self.folders["residual"] / block_name(self.index), site.name, self.model.device)

@@ -1,0 +1,56 @@
+"""The error of every packed linear on held-out tokens, read back from a checkpoint: ||Y_q - Y|| / ||Y|| of the output without bias."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepquant.calibration.statistics_files import read_statistics, site_folder
+from stepquant.checkpoint.linears import read_linear, read_settings
+from stepquant.compute.progress import track
+from stepquant.evaluate.layers import LayerError
+from stepquant.models.expert import open_expert
+from stepquant.models.manifest import ModelManifest
+from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.weights import open_weights
+from stepquant.params import Compute
+from stepquant.quantize.quantized_layer import relative_error
+from stepquant.runtime.linear import W4A4Linear
+
+
+def layer_errors(manifest: ModelManifest, compute: Compute, checkpoint: Path, activations: Callable[[str], Path]) -> Iterator[LayerError]:
+    """The held-out error of every site of every block, per bin.
+
+    checkpoint: folder of the packed pipeline. activations: the folder of an expert's statistics, whose held-out tokens are used.
+    """
+    for expert, described in manifest.experts.items():
+        model = open_expert(manifest, expert, compute)
+        packed = PackedExpert(checkpoint / described.subfolder, compute.device)
+        for index in track(range(described.blocks), f"layer errors {checkpoint.name} {expert}"):
+            for site in WAN_SITES:
+                heldout = read_statistics(site_folder(activations(expert), index, site.name), compute.device).heldout
+                W = torch.cat([model.linear_weight(index, linear) for linear in site.linears])
+                bias = torch.cat([model.linear_bias(index, linear) for linear in site.linears]).float()
+                linears = packed.linears(index, site)
+                for b, x in enumerate(heldout):
+                    error = relative_error(packed.output(linears, x, b) - bias, x @ W.T).item()
+                    yield LayerError(expert, index, site.name, b if site.depends_on_timestep else None, error)
+
+
+class PackedExpert:
+    """One expert's packed linears, read when asked for."""
+
+    def __init__(self, folder: Path, device: str):
+        self.weights, self.settings, self.device = open_weights(folder), read_settings(folder), device
+
+    def linears(self, index: int, site: Site) -> list[W4A4Linear]:
+        """The linears of a site, in the order in which their outputs are stacked."""
+        return [read_linear(self.weights, self.settings, f"blocks.{index}.{path}", self.device) for path in site.linears]
+
+    def output(self, linears: list[W4A4Linear], x: Tensor, timestep_bin: int) -> Tensor:
+        """Stacked output [T, N] of a site's linears for x [T, K] under the clip of a bin."""
+        for linear in linears:
+            # A variant without a clip search was packed with one bin over the whole range.
+            linear.bin.fill_(min(timestep_bin, self.settings.bins - 1))
+        return torch.cat([linear(x) for linear in linears], dim=1)

@@ -1,0 +1,69 @@
+"""`stepquant plan`: from a params file or a profile to printed tables."""
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stepquant import params as parameters
+from stepquant import profiles
+from stepquant.errors import UserError
+from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
+from stepquant.plan.table import assumptions, calibration_warnings, model_lines, plan_table, prompt_line, warnings
+from stepquant.plan.workload import Workload, find_model
+
+RECORDED = Path("artifacts/model/manifest.json")
+
+
+def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
+    """Print what a run under params, or under a profile, would take on some machines. Raises UserError for an unknown name."""
+    if profile is None:
+        return _print(params, names)
+    ready = profiles.read_profiles()
+    if profile not in ready:
+        raise UserError(f"no profile '{profile}'; allowed: {', '.join(sorted(ready))}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{profile}.yaml"
+        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, ready[profile]))
+        _print(file, names)
+
+
+def make_workload(params: Path) -> Workload:
+    """The run that a params file describes."""
+    parameters.check(params)
+
+    @cache  # reading the file takes longer than all that follows
+    def parameter(section: str, expert: str | None = None) -> Any:
+        return parameters.section(params, section, expert)
+
+    model = parameter("model")
+    return Workload(*find_model(model.source, model.revision, RECORDED), parameter)
+
+
+def machines(names: list[str], compute: Any) -> list[Machine]:
+    """The machines of some names; without any, this one if it has the device of the params, else the usual ones."""
+    if not names:
+        names = ["cpu"] if compute.device == "cpu" else list(USUAL)
+    allowed = ["cpu", *GPUS]
+    if unknown := [name for name in names if name not in allowed]:
+        raise UserError(f"--machine {unknown[0]}; allowed: {', '.join(allowed)}")
+    here = cpu(compute.threads, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), shutil.disk_usage(".").free)
+    return [here if name == "cpu" else GPUS[name] for name in names]
+
+
+def _print(params: Path, names: list[str]) -> None:
+    run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
+    for line in (*model_lines(run), prompt_line(run)):
+        console.print(line)
+    for line in calibration_warnings(run):
+        console.print(f"warning: {line}")
+    for machine in machines(names, run.parameter("compute")):
+        console.print()
+        console.print(plan_table(run, machine))
+        for line in warnings(run, machine):
+            console.print(f"warning: {line}")
+        console.print(assumptions(machine))

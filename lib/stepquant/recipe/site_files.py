@@ -1,0 +1,163 @@
+"""The files of a layer: what each step of the recipe stores of a site, written, read and predicted from one definition.
+
+    <out>/<block>/factors.safetensors    "<site>.<name>" for every tensor below
+    <out>/<block>/record.json            what was chosen, per site
+
+The three records are those of stages lowrank (TransformFactors), gptq (ResidualFactors) and clip (ClipTable). `tensors` gives
+what is written, `from_file` reads it back, `shapes` says what it will be before anything ran.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stepquant.errors import UserError
+from stepquant.formats import Format, Scales, pack_nibbles, unpack_nibbles
+from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
+from stepquant.quantize.transform import InputTransform
+
+FACTORS, RECORD = "factors.safetensors", "record.json"
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class SiteRecord(Protocol):
+    """What a step of the recipe stores of one site."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class TransformFactors:
+    """A site's input transform and first low-rank branch. mean, smooth bfloat16 [K]; rotation: Hadamard size, 0 for none;
+    proj_down bfloat16 [K, R]; proj_up bfloat16 [N, R]."""
+
+    mean: Tensor
+    smooth: Tensor
+    rotation: int
+    proj_down: Tensor
+    proj_up: Tensor
+
+    @property
+    def transform(self) -> InputTransform:
+        return InputTransform(self.smooth, self.mean, self.rotation)
+
+    @property
+    def branch(self) -> tuple[Tensor, Tensor]:
+        return self.proj_down, self.proj_up
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "mean": self.mean,
+            "smooth": self.smooth,
+            "rotation": torch.tensor(self.rotation),
+            "proj_down": self.proj_down,
+            "proj_up": self.proj_up,
+        }
+
+    @classmethod
+    def from_file(cls, folder: Path, site: str, device: str) -> Self:
+        """Raises UserError if the block's file is missing or damaged."""
+        found = _read(folder, site, [field.name for field in fields(cls)], device)
+        return cls(found["mean"], found["smooth"], int(found["rotation"]), found["proj_down"], found["proj_up"])
+
+    @classmethod
+    def shapes(cls, N: int, K: int, rank: int) -> Shapes:
+        vector = ((K,), torch.bfloat16)
+        return {"mean": vector, "smooth": vector, "rotation": ((), torch.int64)} | _branch_shapes(N, K, rank)
+
+
+@dataclass(frozen=True)
+class ResidualFactors:
+    """A site's rounded residual and the low-rank branch that goes with it.
+
+    codes uint8 [N, K/2], two per byte; scales [N, K/G] in the format's dtype; tensor_scale float32 [] (nvfp4, else None);
+    proj_down bfloat16 [K, R]; proj_up bfloat16 [N, R]; offset float32 [N], what the mean contributes to the output.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    proj_down: Tensor
+    proj_up: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of_layer(cls, layer: QuantizedLayer) -> Self:
+        scales = layer.scales
+        return cls(pack_nibbles(layer.codes), scales.group, scales.tensor, layer.proj_down, layer.proj_up, layer.offset)
+
+    def layer(self, transform: InputTransform, scheme: QuantScheme) -> QuantizedLayer:
+        """The site's final weights as the numerics take them."""
+        scales = Scales(self.scales, self.tensor_scale)
+        return QuantizedLayer(unpack_nibbles(self.codes), scales, transform, self.proj_down, self.proj_up, self.offset, scheme)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in found if tensor is not None}
+
+    @classmethod
+    def from_file(cls, folder: Path, site: str, device: str) -> Self:
+        """Raises UserError if the block's file is missing or damaged."""
+        found = _read(folder, site, [field.name for field in fields(cls)], device, optional=("tensor_scale",))
+        return cls(*(found.get(field.name) for field in fields(cls)))
+
+    @classmethod
+    def shapes(cls, N: int, K: int, rank: int, fmt: Format) -> Shapes:
+        shapes: Shapes = {
+            "codes": ((N, K // 2), torch.uint8),
+            "scales": ((N, K // fmt.group), fmt.scale_dtype),
+            "offset": ((N,), torch.float32),
+        }
+        if fmt.has_tensor_scale:
+            shapes["tensor_scale"] = ((), torch.float32)
+        return shapes | _branch_shapes(N, K, rank)
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """A site's clips, all [bins]: the best of each bin, and the best single one repeated. Ratios float32, exponent offsets int8."""
+
+    ratio: Tensor
+    exponent: Tensor
+    single_ratio: Tensor
+    single_exponent: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_file(cls, folder: Path, site: str, device: str) -> Self:
+        """Raises UserError if the block's file is missing or damaged."""
+        return cls(**_read(folder, site, [field.name for field in fields(cls)], device))
+
+    @classmethod
+    def shapes(cls, bins: int) -> Shapes:
+        ratio, exponent = ((bins,), torch.float32), ((bins,), torch.int8)
+        return {"ratio": ratio, "exponent": exponent, "single_ratio": ratio, "single_exponent": exponent}
+
+
+def block_tensors(sites: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
+    """What a block's factors.safetensors holds, from its sites' records, on the CPU."""
+    return {f"{site}.{name}": tensor.cpu().contiguous() for site, record in sites.items() for name, tensor in record.tensors().items()}
+
+
+def _branch_shapes(N: int, K: int, rank: int) -> Shapes:
+    return {"proj_down": ((K, rank), torch.bfloat16), "proj_up": ((N, rank), torch.bfloat16)}
+
+
+def _read(folder: Path, site: str, names: list[str], device: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Tensors of a site from its block's folder, on a device."""
+    path = folder / FACTORS
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            there = set(file.keys())
+            wanted = [name for name in names if name not in optional or f"{site}.{name}" in there]
+            return {name: file.get_tensor(f"{site}.{name}") for name in wanted}
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); remove {folder.parent} and run its stage again") from None

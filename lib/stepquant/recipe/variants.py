@@ -1,0 +1,64 @@
+"""The variants: recipes assembled from the same cached factors, from the source model to the full recipe.
+
+dvc.yaml lists the same names with what each depends on; a test compares the two.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stepquant.errors import UserError
+
+REFERENCE = "bf16"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of the cached factors a packed variant takes.
+
+    low_rank: input transform and low-rank branch, else the plain weight. gptq: codes by GPTQ with the refitted branch, else rounded to
+    nearest. activations: quantized, else BF16. clip: one per site over all bins ("single"), one per site and bin, or none.
+    """
+
+    description: str
+    low_rank: bool
+    gptq: bool
+    activations: bool
+    clip: Literal["single", "per_bin"] | None
+
+
+# In the order in which tables and figures show them, after the reference.
+VARIANTS = {
+    "w4a16": Variant(
+        "The weights of full, solved for quantized activations, with activations left in BF16.",
+        low_rank=True, gptq=True, activations=False, clip=None,
+    ),
+    "rtn": Variant(
+        "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
+        low_rank=False, gptq=False, activations=True, clip=None,
+    ),
+    "svdquant": Variant(
+        "Inputs centered, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
+        low_rank=True, gptq=False, activations=True, clip=None,
+    ),
+    "svdquant_gptq": Variant(
+        "The same, with the residual rounded by GPTQ, and the low-rank branch refitted to what that lost.",
+        low_rank=True, gptq=True, activations=True, clip=None,
+    ),
+    "one_clip": Variant(
+        "svdquant_gptq, and one activation clip per site for the whole trajectory.",
+        low_rank=True, gptq=True, activations=True, clip="single",
+    ),
+    "full": Variant(
+        "svdquant_gptq, and an activation clip per site and timestep bin.",
+        low_rank=True, gptq=True, activations=True, clip="per_bin",
+    ),
+}
+DESCRIPTIONS = {REFERENCE: "The source model, the reference of everything else."} | {name: v.description for name, v in VARIANTS.items()}
+ORDER = tuple(DESCRIPTIONS)
+
+
+def packed_variant(name: str) -> Variant:
+    """The variant of that name. Raises UserError if stage pack makes no such variant."""
+    if name not in VARIANTS:
+        raise UserError(f"--variant {name}; allowed: {', '.join(VARIANTS)}")
+    return VARIANTS[name]

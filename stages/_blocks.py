@@ -1,0 +1,79 @@
+"""What lowrank, gptq and clip share: one unit per block of an expert, from that block's weights, statistics and factors.
+
+    artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, ...}
+    artifacts/<stage>/<expert>/<block>/...              what recipe/site_files.py says
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from stages import _artifacts as artifacts
+from stages._stage import Stage
+from stepquant.calibration.statistics_files import block_name
+from stepquant.calibration.stored_block import StoredBlock
+from stepquant.compute.progress import meter
+from stepquant.compute.task import Task
+from stepquant.compute.units import gather
+from stepquant.errors import UserError
+from stepquant.formats import check_groups, get_format
+from stepquant.models.expert import open_expert
+from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.sites import WAN_SITES, Site
+from stepquant.params import Compute, Format
+from stepquant.quantize.rotate import check_rotation
+from stepquant.recipe.site_files import FACTORS, RECORD, SiteRecord, block_tensors
+from stepquant.storage.json_files import read_json, to_json
+
+SiteWork = Callable[[StoredBlock, Site], tuple[SiteRecord, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """The work of one unit: every site of one block. Any process that shares the artifacts can do it."""
+
+    index: int
+    expert: str
+    manifest: ModelManifest
+    compute: Compute
+    sources: dict[str, Path]
+    work: SiteWork
+
+    def __call__(self, folder: Path) -> None:
+        block = StoredBlock(self.index, open_expert(self.manifest, self.expert, self.compute), self.sources)
+        results = {site.name: self.work(block, site) for site in WAN_SITES}
+        save_file(block_tensors({name: stored for name, (stored, _) in results.items()}), folder / FACTORS)
+        (folder / RECORD).write_text(to_json({name: record for name, (_, record) in results.items()}))
+
+
+def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: SiteWork, **extra: Any) -> None:
+    """Do `work` for every site of every block of an expert, and gather the blocks into `out`.
+
+    sources: the artifacts this stage reads, by name; each has a manifest.json with its blocks' digests. work: it may run
+    in another process, so it is a function of a module or a partial of one. extra: what else the manifest shall say.
+    """
+    manifest = read_manifest(artifacts.MODEL)
+    digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
+    tasks = {}
+    for index in range(manifest.expert(expert).blocks):
+        name = block_name(index)
+        key = stage.key(block=index, model=manifest.expert_digest(expert), **{source: found[name] for source, found in digests.items()})
+        tasks[name] = Task(key, BlockWork(index, expert, manifest, stage["compute"], sources, work))
+    with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
+        units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
+    gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
+
+
+def check_shapes(manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()) -> None:
+    """Refuse, before any work, a format or rotation that does not divide a site's channels, or a rank larger than its weight."""
+    for name, site in manifest.expert(expert).sites.items():
+        where, rows, columns = f"{expert} {name}", site.rows, site.columns
+        for kind in ("weight", "activation"):
+            check_groups(columns, get_format(getattr(formats, kind)), f"format.{kind}, {where}")
+        for size in hadamard_sizes:
+            check_rotation(size, columns, f"rotate.hadamard_sizes, {where}")
+        if rank > min(rows, columns):
+            raise UserError(f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")

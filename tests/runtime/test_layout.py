@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+
+from stepquant.errors import UserError
+from stepquant.runtime.layout import QuantizationSettings, linear_layout
+
+TARGETS = ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2")
+SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, True, {TARGETS[1]: 64}, (1000.0, 950.0, 900.0), TARGETS)
+CONFIG = {
+    "quant_method": "stepquant",
+    "version": 1,
+    "weight_format": "nvfp4",
+    "activation_format": "mxfp4",
+    "activation_rounding": "ceil",
+    "rank": 16,
+    "mean_subtraction": True,
+    "rotations": {"blocks.0.ffn.net.2": 64},
+    "bin_edges": [1000.0, 950.0, 900.0],
+    "targets": ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"],
+}
+
+
+def test_config_is_the_documented_one():
+    assert SETTINGS.to_config() == CONFIG
+
+
+def test_config_survives_json():
+    assert QuantizationSettings.from_config(json.loads(json.dumps(CONFIG))) == SETTINGS
+    assert SETTINGS.bins == 2
+
+
+def test_weights_only():
+    settings = QuantizationSettings.from_config(CONFIG | {"activation_format": None})
+    assert settings.activation_format is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "svdquant"}, "quant_method is 'svdquant'"),
+        ({"version": 2}, "version is 2; this stepquant reads version 1"),
+        ({"version": None}, "version is None"),
+        ({"weight_format": "int8"}, "'int8' does not exist; allowed: int4, mxfp4, nvfp4"),
+        ({"activation_format": "fp8"}, "'fp8' does not exist"),
+        ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
+        ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
+        ({"rank": "16"}, "rank is '16'"),
+        ({"mean_subtraction": 1}, "mean_subtraction is 1; allowed: true, false"),
+        ({"rotations": {"blocks.0.ffn.net.2": 48}}, "allowed: a power of two"),
+        ({"rotations": {"blocks.0.ffn.net.2": True}}, "allowed: a power of two"),
+        ({"rotations": ["blocks.0.ffn.net.2"]}, "allowed: a power of two by module path"),
+        ({"rotations": {"blocks.1.ffn.net.2": 64}}, "name 'blocks.1.ffn.net.2', which is no target"),
+        ({"bin_edges": [1000.0]}, "allowed: at least two falling values"),
+        ({"bin_edges": [900.0, 1000.0]}, "allowed: at least two falling values"),
+        ({"bin_edges": [1000.0, "900"]}, "allowed: at least two falling values"),
+        ({"bin_edges": 3}, "bin_edges is 3; expected a list"),
+        ({"targets": []}, "targets must be a list of module paths, at least one"),
+        ({"targets": ["a", "a"]}, "none twice"),
+        ({"targets": [1]}, "module paths"),
+        ({"targets": "blocks"}, "targets is 'blocks'; expected a list"),
+        ({"group_size": 16}, "unknown group_size; allowed: activation_format"),
+    ],
+)
+def test_wrong_config(change, message):
+    with pytest.raises(UserError, match=message):
+        QuantizationSettings.from_config(CONFIG | change)
+
+
+def test_missing_keys():
+    with pytest.raises(UserError, match="missing rank, targets"):
+        QuantizationSettings.from_config({k: v for k, v in CONFIG.items() if k not in ("rank", "targets")})
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "rank", "expected"),
+    [
+        (
+            "int4",
+            "int4",
+            8,
+            {
+                "qweight": ((256, 64), torch.int8),
+                "wscales": ((2, 256), torch.bfloat16),
+                "smooth_factor": ((128,), torch.bfloat16),
+                "proj_down": ((128, 8), torch.bfloat16),
+                "proj_up": ((256, 8), torch.bfloat16),
+                "clip_ratio": ((3,), torch.float32),
+            },
+        ),
+        (
+            "mxfp4",
+            "mxfp4",
+            0,
+            {
+                "qweight": ((256, 64), torch.int8),
+                "wscales": ((4, 256), torch.uint8),
+                "smooth_factor": ((128,), torch.bfloat16),
+                "clip_ratio": ((3,), torch.float32),
+                "clip_exponent": ((3,), torch.int8),
+            },
+        ),
+        (
+            "nvfp4",
+            None,
+            0,
+            {
+                "qweight": ((256, 64), torch.int8),
+                "wscales": ((8, 256), torch.float8_e4m3fn),
+                "wtscale": ((1,), torch.bfloat16),
+                "wcscales": ((256,), torch.bfloat16),
+                "smooth_factor": ((128,), torch.bfloat16),
+            },
+        ),
+    ],
+)
+def test_tensors_of_a_linear(weight, activation, rank, expected):
+    settings = QuantizationSettings(weight, activation, "ceil", rank, False, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    assert linear_layout(settings, N=256, K=128) == expected
+
+
+def test_a_centred_layout_has_a_mean():
+    settings = QuantizationSettings("int4", "int4", "ceil", 0, True, {}, (1000.0, 0.0), ("a",))
+    assert linear_layout(settings, N=256, K=128)["mean"] == ((128,), torch.bfloat16)
