@@ -49,7 +49,9 @@ def layer_errors_of(checkout: Checkout, folder: Path) -> list[LayerError]:
     os.chdir(folder)
     compute = section(Path("params.yaml"), "compute")
     torch.set_num_threads(compute.threads)
-    return list(layer_errors(read_manifest(artifacts.MODEL), compute, artifacts.checkpoint(VARIANT), artifacts.activations))
+    return list(
+        layer_errors(read_manifest(artifacts.MODEL), compute, artifacts.checkpoint(VARIANT), artifacts.activations)
+    )
 
 
 def means(errors: Iterable[LayerError]) -> dict[str, float]:
@@ -67,7 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("key", help="a parameter of calibration, such as trajectories.calibration_prompts")
     parser.add_argument("values", nargs="+", type=yaml.safe_load)
-    parser.add_argument("--with", nargs="*", default=[], dest="changes", help="KEY=VALUE of other parameters, for all values alike")
+    parser.add_argument(
+        "--with", nargs="*", default=[], dest="changes", help="KEY=VALUE of other parameters, for all values alike"
+    )
     arguments = parser.parse_args()
     with temporary_checkout() as checkout:
         for change in arguments.changes:

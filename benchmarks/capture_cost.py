@@ -74,14 +74,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     add_options(parser)
-    parser.set_defaults(calls_calibration=1, calls_validation=1, calls_heldout=1, calls_steps=1, calls_frames=8, calls_height=64, calls_width=64)
+    parser.set_defaults(
+        calls_calibration=1,
+        calls_validation=1,
+        calls_heldout=1,
+        calls_steps=1,
+        calls_frames=8,
+        calls_height=64,
+        calls_width=64,
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     make_shape(options.folder, *from_options(options, 1), {})
     trajectories = Trajectories(options.folder / "artifacts" / "trajectories.zarr")
-    print("| dtype | tokens | one of so many summed | forward s | with statistics s | ratio |\n|---|---|---|---|---|---|")
+    print(
+        "| dtype | tokens | one of so many summed | forward s | with statistics s | ratio |\n|---|---|---|---|---|---|"
+    )
     for name in options.dtypes:
         model = Denoiser(options.folder / "model" / "transformer", "cpu", DTYPES[name])
         for stride in options.strides:

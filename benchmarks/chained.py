@@ -42,11 +42,15 @@ def record_behind_quantized() -> None:
     """Replace the recorded trajectories by those of the packed high-noise expert followed by the source's low-noise one."""
     sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
     pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
-    pipe.transformer_2 = source_pipeline(read_manifest(artifacts.MODEL), section(PARAMS, "compute"), sampling).transformer_2
+    pipe.transformer_2 = source_pipeline(
+        read_manifest(artifacts.MODEL), section(PARAMS, "compute"), sampling
+    ).transformer_2
     prompts = recorded_prompts(settings)
     store, units = UnitStore(Path(".units/chained")), {}
     for prompt in track(prompts, "trajectories"):
-        units[prompt.id] = store.make(content_key(prompt=prompt.digest()), lambda folder: record_prompt(pipe, sampling, prompt, folder, None))
+        units[prompt.id] = store.make(
+            content_key(prompt=prompt.digest()), lambda folder: record_prompt(pipe, sampling, prompt, folder, None)
+        )
     digests = {name: unit.digest for name, unit in units.items()}
     gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
 
@@ -57,7 +61,9 @@ def run(checkout: Checkout, *command: str) -> None:
 
 def low_noise_error() -> float:
     """Geometric mean over the low-noise expert's sites and bins, on the held-out tokens of its activations as they are now."""
-    errors = layer_errors(read_manifest(artifacts.MODEL), section(PARAMS, "compute"), artifacts.checkpoint(VARIANT), artifacts.activations)
+    errors = layer_errors(
+        read_manifest(artifacts.MODEL), section(PARAMS, "compute"), artifacts.checkpoint(VARIANT), artifacts.activations
+    )
     return geometric_mean(error.error for error in errors if error.expert == EXPERT)
 
 
@@ -89,7 +95,9 @@ def main() -> None:
     psnr = [{name: video.psnr for name, video in r.videos.per_video.items()} for r in records]
     for name, error, values in zip(("on the BF16 trajectory", "behind the quantized expert"), errors, psnr):
         mean = interval(values, bootstrap)
-        print(f"{name}: low-noise layer error {error:.4f}, PSNR {mean['mean']:.2f} dB [{mean['low']:.2f}, {mean['high']:.2f}]")
+        print(
+            f"{name}: low-noise layer error {error:.4f}, PSNR {mean['mean']:.2f} dB [{mean['low']:.2f}, {mean['high']:.2f}]"
+        )
     d = paired_difference(psnr[1], psnr[0], bootstrap)
     print(f"difference: {d['mean']:+.2f} dB [{d['low']:+.2f}, {d['high']:+.2f}]")
 

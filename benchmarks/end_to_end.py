@@ -36,7 +36,10 @@ def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prom
     checkout.set("format.activation", fmt)
     checkout.set("generate.prompts", prompts)
     if skip:
-        checkout.set("generate.manifest", without_first(checkout.root, section(checkout.root / "params.yaml", "generate").manifest, skip))
+        checkout.set(
+            "generate.manifest",
+            without_first(checkout.root, section(checkout.root / "params.yaml", "generate").manifest, skip),
+        )
     metrics = checkout.root / "artifacts" / "metrics"
     shutil.rmtree(metrics, ignore_errors=True)  # of variants that this run does not make
     checkout.repro(*(f"evaluate@{variant}" for variant in ("bf16", *variants)))
@@ -52,8 +55,14 @@ def without_first(root: Path, manifest: str, skip: int) -> str:
 
 def differences(records: list[Record], first: list[Record]) -> dict[str, dict[str, float]]:
     """PSNR of each variant minus that of the same variant by the first recipe, over the same videos."""
-    psnr = [{r.variant: {name: v.psnr for name, v in r.videos.per_video.items()} for r in rs if r.format} for rs in (records, first)]
-    return {variant: paired_difference(values, psnr[1][variant], Bootstrap(2000, 0.95, 0)) for variant, values in psnr[0].items()}
+    psnr = [
+        {r.variant: {name: v.psnr for name, v in r.videos.per_video.items()} for r in rs if r.format}
+        for rs in (records, first)
+    ]
+    return {
+        variant: paired_difference(values, psnr[1][variant], Bootstrap(2000, 0.95, 0))
+        for variant, values in psnr[0].items()
+    }
 
 
 def show(name: str, records: list[Record], first: tuple[str, list[Record]] | None) -> None:
@@ -70,7 +79,9 @@ def show(name: str, records: list[Record], first: tuple[str, list[Record]] | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipes", nargs="+", default=["default"], help="default, a profile to lay over params.yaml, or KEY=VALUE,...")
+    parser.add_argument(
+        "--recipes", nargs="+", default=["default"], help="default, a profile to lay over params.yaml, or KEY=VALUE,..."
+    )
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--prompts", type=int, default=8)

@@ -117,7 +117,10 @@ def _with_codes(layer: Layer, settings: Settings, final: QuantizedLayer, target:
 
 def sorted_channels(layer: Layer, fmt: str) -> Quantized:
     """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
-    activations, s = layer.activations(), factor_site(layer.W, layer.activations(), Settings.of(fmt).factor)[0].smooth.float()
+    activations, s = (
+        layer.activations(),
+        factor_site(layer.W, layer.activations(), Settings.of(fmt).factor)[0].smooth.float(),
+    )
     order = (activations.variance_about(activations.mean.mean(0)).clamp(min=0).sqrt() / s).argsort()
     quantized = pipeline(_permuted(layer, order), fmt)
     return _Permuted(quantized, order)
@@ -149,7 +152,9 @@ def continuous_clip(layer: Layer, fmt: str) -> Quantized:
     """The clip ratio refined around the best of the grid, to 1/160 in three halvings of the step."""
     quantized = pipeline(layer, fmt)
     search = layer.activations().search
-    clips = [_refined(x, layer.W, quantized.factors, quantized.clips[b % len(quantized.clips)]) for b, x in enumerate(search)]
+    clips = [
+        _refined(x, layer.W, quantized.factors, quantized.clips[b % len(quantized.clips)]) for b, x in enumerate(search)
+    ]
     return Quantized(quantized.factors, clips)
 
 

@@ -98,7 +98,10 @@ def summary(results: Sequence[Result], mean: Callable[[Iterable[float]], float])
 def _table(group: str, results: Sequence[Result], mean: Callable[[Iterable[float]], float]) -> str:
     cells = _grouped(results, "recipe", "format")
     formats = list(dict.fromkeys(r.format for r in results))
-    lines = [_row(group, *(f"{fmt}: W / W4A4 / floor | seconds, MB" for fmt in formats)), "|---" * (2 * len(formats) + 1) + "|"]
+    lines = [
+        _row(group, *(f"{fmt}: W / W4A4 / floor | seconds, MB" for fmt in formats)),
+        "|---" * (2 * len(formats) + 1) + "|",
+    ]
     done = {r.recipe for r in results}
     for recipe in filter(done.__contains__, (*OURS, *PEERS)):
         lines.append(_row(f"`{recipe}`", *(_cells(cells.get((recipe, fmt), []), mean) for fmt in formats)))
@@ -147,7 +150,11 @@ def layers(options: argparse.Namespace) -> Iterator[Layer]:
 
 
 def run(options: argparse.Namespace) -> Iterator[Result]:
-    runs = [(recipe, fmt) for fmt, recipe in product(options.formats, options.recipes) if recipe in OURS or fmt in PEERS[recipe].formats]
+    runs = [
+        (recipe, fmt)
+        for fmt, recipe in product(options.formats, options.recipes)
+        if recipe in OURS or fmt in PEERS[recipe].formats
+    ]
     for recipe, fmt in runs:
         measure(seeded_layer("mild", 256, 0, tokens_per_column=4), recipe, fmt)  # what only the first call pays
     for layer in layers(options):
@@ -179,7 +186,10 @@ def main() -> None:
     results = []
     for result in run(options):
         results.append(result)
-        print(f"{result.group} {result.name} {result.format} {result.recipe}: {result.error:.4f} in {result.seconds:.1f} s", file=sys.stderr)
+        print(
+            f"{result.group} {result.name} {result.format} {result.recipe}: {result.error:.4f} in {result.seconds:.1f} s",
+            file=sys.stderr,
+        )
         if options.json:
             options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     print(summary(results, geometric_mean if options.sites else fmean))

@@ -101,7 +101,9 @@ def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
     """Every site of some blocks of every expert, from the folder that holds `artifacts` and the model they were made of."""
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
-    compute = Compute(device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0)
+    compute = Compute(
+        device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+    )
     for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)
         for index in blocks:

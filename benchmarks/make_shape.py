@@ -56,10 +56,23 @@ class Shape:
     def config(self) -> dict[str, Any]:
         """config.json as diffusers writes it."""
         return {
-            "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": self.width // self.heads,
-            "cross_attn_norm": True, "eps": 1e-6, "ffn_dim": self.ffn, "freq_dim": 256, "image_dim": None, "in_channels": self.in_channels,
-            "num_attention_heads": self.heads, "num_layers": self.blocks, "out_channels": 16, "patch_size": [1, 2, 2],
-            "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, "text_dim": self.text_dim,
+            "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None,
+            "attention_head_dim": self.width // self.heads,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+            "ffn_dim": self.ffn,
+            "freq_dim": 256,
+            "image_dim": None,
+            "in_channels": self.in_channels,
+            "num_attention_heads": self.heads,
+            "num_layers": self.blocks,
+            "out_channels": 16,
+            "patch_size": [1, 2, 2],
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+            "text_dim": self.text_dim,
         }
 
 
@@ -93,7 +106,12 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
     values["compute"] |= {"device": "cpu", "threads": 1}
     values["bins"] = {EXPERT: bin_edges(calls.steps)}
     values["experts"] = {EXPERT: values["experts"]["high_noise"]}
-    values["sampling"] |= {"height": 8 * calls.height, "width": 8 * calls.width, "num_frames": 4 * calls.frames - 3, "steps": calls.steps}
+    values["sampling"] |= {
+        "height": 8 * calls.height,
+        "width": 8 * calls.width,
+        "num_frames": 4 * calls.frames - 3,
+        "steps": calls.steps,
+    }
     values["sampling"] |= {"guidance_scale": 1.0, "max_sequence_length": calls.text, "flow_shift": SHIFT}
     values["trajectories"] |= {f"{split}_prompts": count for split, count in calls.prompts().items()}
     for name, keys in params.items():
@@ -117,10 +135,18 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
     transformer.mkdir(parents=True)
     (folder / "scheduler").mkdir()
     nothing = {name: [None, None] for name in ("image_encoder", "image_processor", "text_encoder", "tokenizer", "vae")}
-    parts = {"scheduler": ["diffusers", "UniPCMultistepScheduler"], "transformer": ["diffusers", "WanTransformer3DModel"]}
-    index = {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": None, "expand_timesteps": False} | nothing | parts
+    parts = {
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+    }
+    index = (
+        {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": None, "expand_timesteps": False} | nothing | parts
+    )
     _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000})
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000},
+    )
     _write_json(transformer / "config.json", shape.config())
     weight_map, total = {}, 0
     for i, tensors in enumerate(shards(shape, seed), start=1):
@@ -129,7 +155,10 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()  # before the next shard is made
-    _write_json(transformer / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(
+        transformer / f"{STEM}.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 def shards(shape: Shape, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -173,7 +202,10 @@ def _heavy_tailed(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     weight = torch.empty(size, dtype=torch.bfloat16)
     scale = math.sqrt(2 * math.prod(size[1:]))  # the variance of t with 4 degrees is 2
     for rows in weight.split(SLAB):
-        normal, u, v = torch.randn(rows.shape, generator=generator), *(torch.rand(rows.shape, generator=generator) for _ in range(2))
+        normal, u, v = (
+            torch.randn(rows.shape, generator=generator),
+            *(torch.rand(rows.shape, generator=generator) for _ in range(2)),
+        )
         rows.copy_(normal / ((u * v).clamp_(min=1e-30).log_() / -2).sqrt_() / scale)
     return weight
 
@@ -203,7 +235,14 @@ def recorded(shape: Shape, calls: Calls, seed: int) -> list[dict[str, Any]]:
     for t in timesteps(calls.steps, SHIFT):
         latents = t / 1000 * noise + (1 - t / 1000) * clean
         hidden = torch.cat([latents, condition])[None].bfloat16()
-        made.append({"expert": EXPERT, "hidden_states": hidden, "timestep": torch.tensor([t]), "encoder_hidden_states": text.bfloat16()})
+        made.append(
+            {
+                "expert": EXPERT,
+                "hidden_states": hidden,
+                "timestep": torch.tensor([t]),
+                "encoder_hidden_states": text.bfloat16(),
+            }
+        )
     return made
 
 
@@ -229,8 +268,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic (compute.dtype)")
-    parser.add_argument("--sample", type=int, default=2048, help="tokens kept per site and bin (capture.search_tokens, .heldout_tokens)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic (compute.dtype)"
+    )
+    parser.add_argument(
+        "--sample", type=int, default=2048, help="tokens kept per site and bin (capture.search_tokens, .heldout_tokens)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_options(parser)
     options = parser.parse_args()

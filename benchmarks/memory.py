@@ -55,7 +55,11 @@ def measure(folder: Path, blocks: int, stages: list[str], shape: list[str], thre
     peaks = []
     for stage in stages:
         peaks.append(Peak(blocks, stage, *run(["-m", f"stages.{stage}", "--expert", EXPERT], folder, threads)))
-        print(f"{blocks} blocks, {stage}: {peaks[-1].gigabytes:.2f} GB, {peaks[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{blocks} blocks, {stage}: {peaks[-1].gigabytes:.2f} GB, {peaks[-1].seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return peaks
 
 
@@ -73,7 +77,10 @@ def shorten(params: Path) -> None:
 def table(peaks: list[Peak]) -> str:
     """A row per stage, a column per number of blocks."""
     counts = sorted({peak.blocks for peak in peaks})
-    lines = [f"| stage | {' | '.join(f'{n} blocks' for n in counts)} | largest / smallest |", "|---" * (len(counts) + 2) + "|"]
+    lines = [
+        f"| stage | {' | '.join(f'{n} blocks' for n in counts)} | largest / smallest |",
+        "|---" * (len(counts) + 2) + "|",
+    ]
     for stage in dict.fromkeys(peak.stage for peak in peaks):
         found = {peak.blocks: peak for peak in peaks if peak.stage == stage}
         sizes = [found[n].gigabytes for n in counts]
@@ -104,9 +111,13 @@ def plot(peaks: list[Peak], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="scratch; a folder per number of blocks is made in it and removed again")
+    parser.add_argument(
+        "folder", type=Path, help="scratch; a folder per number of blocks is made in it and removed again"
+    )
     parser.add_argument("--blocks", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="each needs those before it; gptq takes longest")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="each needs those before it; gptq takes longest"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path, help="also write every number here")

@@ -77,7 +77,9 @@ def llmcompressor_gptq(layer: Layer, fmt: str) -> PeerLayer:
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     int4 = QuantizationArgs(num_bits=4, type="int", strategy="group", symmetric=True, group_size=64)
-    args = {"int4": int4, "mxfp4": MXFP4["weights"], "nvfp4": NVFP4["weights"]}[fmt].model_copy(update={"actorder": "weight"})
+    args = {"int4": int4, "mxfp4": MXFP4["weights"], "nvfp4": NVFP4["weights"]}[fmt].model_copy(
+        update={"actorder": "weight"}
+    )
 
     def rounding(x: Tensor) -> Tensor:
         scale, zero_point, tensor = _llmcompressor_scales(x, args)

@@ -92,7 +92,9 @@ def own_seconds(stats: pstats.Stats) -> dict[str, tuple[int, float]]:
             add(routine, calls, spent)
         elif file.endswith(".py"):
             add(f"`{Path(file).stem}.{function}`", calls, spent)
-        for (caller_file, _, caller), (_, _, part, _) in callers.items() if not routine and not file.endswith(".py") else ():
+        for (caller_file, _, caller), (_, _, part, _) in (
+            callers.items() if not routine and not file.endswith(".py") else ()
+        ):
             add(f"`{Path(caller_file).stem}.{caller}`", 0, part)
     return own
 
@@ -111,7 +113,9 @@ def main() -> None:
     for i, shape in enumerate(options.layers):
         layer = make_layer(options.kind, *map(int, shape.split("x")))
         (quantized, stats), seconds = timed(lambda: profiled(layer, options.format))
-        print(f"\n{layer.name}, {options.format}, {options.threads} threads\n\n| what | processor seconds | W4A4 error, held out |\n|---|---|---|")
+        print(
+            f"\n{layer.name}, {options.format}, {options.threads} threads\n\n| what | processor seconds | W4A4 error, held out |\n|---|---|---|"
+        )
         print(f"| the pipeline | {seconds:.1f} | {error(quantized, layer):.4f} |")
         for peer in peers:
             rounded, spent = timed(lambda: PEERS[peer].quantize(layer, options.format))

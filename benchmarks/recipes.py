@@ -20,7 +20,14 @@ from stepquant.params import section
 from stepquant.quantize.alternate import make_problem, rounded_by_gptq
 from stepquant.quantize.clip import UNCLIPPED, ClipCandidate, choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme, fake_quantize_input, layer_output, low_rank_path, relative_error
+from stepquant.quantize.quantized_layer import (
+    QuantizedLayer,
+    QuantScheme,
+    fake_quantize_input,
+    layer_output,
+    low_rank_path,
+    relative_error,
+)
 from stepquant.quantize.smooth import nearest_factors, round_to_nearest, search_transform, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 from stepquant.recipe.clip import clip_site
@@ -74,7 +81,12 @@ class Settings:
         params = {name: section(PROFILES / "demo.yaml", name) for name in SECTIONS}
         for name, keys in ({"format": {"weight": fmt, "activation": fmt}} | changes).items():
             params[name] = params[name].model_copy(update=keys)
-        return cls(*(kind(**{f.name: params[f.name] for f in fields(kind)}) for kind in (FactorSettings, RoundSettings, ClipSettings)))
+        return cls(
+            *(
+                kind(**{f.name: params[f.name] for f in fields(kind)})
+                for kind in (FactorSettings, RoundSettings, ClipSettings)
+            )
+        )
 
     @property
     def scheme(self) -> QuantScheme:
@@ -92,7 +104,10 @@ def pipeline(layer: Layer, fmt: str, **changes: dict[str, Any]) -> Quantized:
 def clipped(layer: Layer, settings: Settings, quantized: QuantizedLayer) -> Quantized:
     """The finished layer, with the clips that its search chose."""
     table = clip_site(layer.W, quantized, layer.activations(), settings.clip)[0]
-    return Quantized(quantized, [ClipCandidate(ratio, offset) for ratio, offset in zip(table.ratio.tolist(), table.exponent.tolist())])
+    return Quantized(
+        quantized,
+        [ClipCandidate(ratio, offset) for ratio, offset in zip(table.ratio.tolist(), table.exponent.tolist())],
+    )
 
 
 def changed(**changes: dict[str, Any]) -> Recipe:
@@ -139,7 +154,9 @@ def _scheme(fmt: str) -> QuantScheme:
     return QuantScheme(get_format(fmt), "ceil", get_format(fmt), "ceil")
 
 
-def _smoothed_by_search(layer: Layer, activations: SiteStatistics, exponents: list[tuple[float, float]], scheme: QuantScheme) -> QuantizedLayer:
+def _smoothed_by_search(
+    layer: Layer, activations: SiteStatistics, exponents: list[tuple[float, float]], scheme: QuantScheme
+) -> QuantizedLayer:
     """Smoothing by absmax with the best of some exponents, branch, and rounding to nearest."""
     magnitude = activations.absmax.amax(0)
     nothing = torch.zeros(len(magnitude), dtype=torch.bfloat16)
@@ -159,7 +176,9 @@ def _refined_to_nearest(W: Tensor, x: Tensor, factors: QuantizedLayer) -> Quanti
     return min(tried, key=lambda f: relative_error(layer_output(x, f, 1.0, 0), reference).item())
 
 
-def _rounded_by_gptq(layer: Layer, activations: SiteStatistics, factors: QuantizedLayer, *, act_order: bool) -> QuantizedLayer:
+def _rounded_by_gptq(
+    layer: Layer, activations: SiteStatistics, factors: QuantizedLayer, *, act_order: bool
+) -> QuantizedLayer:
     """The same layer with its residual rounded by GPTQ for quantized inputs, scales from absmax.
 
     Of real sites only the second moments of unquantized inputs are kept; there these have to do.

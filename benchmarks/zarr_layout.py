@@ -38,8 +38,15 @@ def together(channels: int, tokens: int) -> Specs:
 
 def by_bin(channels: int, tokens: int) -> Specs:
     """The same with arrays of their own for every statistic, and for every sample of every bin."""
-    statistics = [(name, (rows, channels), "float32") for name, rows in (("hessian", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))]
-    return statistics + [(f"{split}.{b}", (tokens, channels), "uint16") for split in ("search", "validation", "heldout") for b in range(BINS)]
+    statistics = [
+        (name, (rows, channels), "float32")
+        for name, rows in (("hessian", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))
+    ]
+    return statistics + [
+        (f"{split}.{b}", (tokens, channels), "uint16")
+        for split in ("search", "validation", "heldout")
+        for b in range(BINS)
+    ]
 
 
 def one_chunk(shape: tuple[int, int], itemsize: int) -> dict:
@@ -73,7 +80,11 @@ LAYOUTS: dict[str, tuple[Callable[[int, int], Specs], Callable[[tuple[int, int],
 def specs_of(layout: str, options: argparse.Namespace) -> Specs:
     """Everything that one block stores."""
     sites = enumerate([options.width] * 6 + [options.ffn])
-    return [(f"{i}/{name}", shape, dtype) for i, channels in sites for name, shape, dtype in LAYOUTS[layout][0](channels, options.tokens)]
+    return [
+        (f"{i}/{name}", shape, dtype)
+        for i, channels in sites
+        for name, shape, dtype in LAYOUTS[layout][0](channels, options.tokens)
+    ]
 
 
 def write(folder: Path, specs: Specs, layout: str, seconds: multiprocessing.Queue) -> None:
@@ -144,7 +155,10 @@ def main() -> None:
         size, hashed = sum(p.stat().st_size for p in found) / 1e9, hash_files(store)
         got, read_peak = in_own_process(read, store, specs)
         peaks = [peak - baseline - largest for peak in (write_peak, read_peak)]
-        print(f"| {layout} | {len(found)} | {size:.2f} | {written:.1f} | {hashed:.1f} | {got:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
+        print(
+            f"| {layout} | {len(found)} | {size:.2f} | {written:.1f} | {hashed:.1f} | {got:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |",
+            flush=True,
+        )
         shutil.rmtree(store)
 
 

@@ -8,7 +8,10 @@ from stepquant.storage.code_version import source_files
 DVC_YAML = Path("dvc.yaml")
 PACKAGES = {"stepquant": Path("lib/stepquant"), "stages": Path("stages")}
 # A stage's command, whatever lies between, and the run of Python files among its dependencies.
-STAGE = re.compile(r"(?P<before>exec python -m stages\.(?P<name>\w+).*?\n)(?P<files>(?: *- (?:stages|lib/stepquant)/\S+\.py\n)+)", re.DOTALL)
+STAGE = re.compile(
+    r"(?P<before>exec python -m stages\.(?P<name>\w+).*?\n)(?P<files>(?: *- (?:stages|lib/stepquant)/\S+\.py\n)+)",
+    re.DOTALL,
+)
 
 
 def declared(match: re.Match[str]) -> str:

@@ -31,7 +31,9 @@ SOURCES = ("dvc.yaml", "params.yaml", "stages", "lib", "data/models", "data/cali
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--accept", action="store_true", help="make this checkout's metrics.json the reference, and stop")
+    parser.add_argument(
+        "--accept", action="store_true", help="make this checkout's metrics.json the reference, and stop"
+    )
     if parser.parse_args().accept:
         accept(ROOT)
         return 0

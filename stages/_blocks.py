@@ -1,7 +1,7 @@
 """What lowrank, gptq and clip share: one unit per block of an expert, from that block's weights, statistics and factors.
 
-    artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, ...}
-    artifacts/<stage>/<expert>/<block>/...              what recipe/site_files.py says
+artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, ...}
+artifacts/<stage>/<expert>/<block>/...              what recipe/site_files.py says
 """
 
 from collections.abc import Callable, Sequence
@@ -60,14 +60,22 @@ def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, w
     tasks = {}
     for index in range(manifest.expert(expert).blocks):
         name = block_name(index)
-        key = stage.key(block=index, model=manifest.expert_digest(expert), **{source: found[name] for source, found in digests.items()})
+        key = stage.key(
+            block=index,
+            model=manifest.expert_digest(expert),
+            **{source: found[name] for source, found in digests.items()},
+        )
         tasks[name] = Task(key, BlockWork(index, expert, manifest, stage["compute"], sources, work))
     with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
         units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
-    gather(units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)})
+    gather(
+        units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)}
+    )
 
 
-def check_shapes(manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()) -> None:
+def check_shapes(
+    manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()
+) -> None:
     """Refuse, before any work, a format or rotation that does not divide a site's channels, or a rank larger than its weight."""
     for name, site in manifest.expert(expert).sites.items():
         where, rows, columns = f"{expert} {name}", site.rows, site.columns
@@ -76,4 +84,6 @@ def check_shapes(manifest: ModelManifest, expert: str, formats: Format, rank: in
         for size in hadamard_sizes:
             check_rotation(size, columns, f"rotate.hadamard_sizes, {where}")
         if rank > min(rows, columns):
-            raise UserError(f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}")
+            raise UserError(
+                f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}"
+            )

@@ -55,7 +55,9 @@ class Stage:
 
 
 @contextmanager
-def open_stage(file: str, reads: tuple[str, ...], params: Path, *, expert: str | None = None, variant: str | None = None) -> Iterator[Stage]:
+def open_stage(
+    file: str, reads: tuple[str, ...], params: Path, *, expert: str | None = None, variant: str | None = None
+) -> Iterator[Stage]:
     """Everything around a stage's work: check params and device, take the lock, set threads, sweep half-written units.
 
     file: the stage's own file, which names it. reads: the params sections it gets; experts' overrides are merged in.

@@ -44,8 +44,15 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         bins = expert_bins(stage["bins"].by_expert, expert, described.t_range)
         block_ranges = cut_ranges(described.blocks, stage["capture"].blocks_per_shard)
         replay = Replay(stage, manifest, expert, bins, block_ranges)
-        with stage.executor() as executor, meter(f"capture@{expert}", len(block_ranges) * len(replay.shards)) as progress:
-            units = {block_name(i): unit for n in range(len(block_ranges)) for i, unit in replay.statistics(n, executor, progress).items()}
+        with (
+            stage.executor() as executor,
+            meter(f"capture@{expert}", len(block_ranges) * len(replay.shards)) as progress,
+        ):
+            units = {
+                block_name(i): unit
+                for n in range(len(block_ranges))
+                for i, unit in replay.statistics(n, executor, progress).items()
+            }
         contents = {"bin_edges": bins.edges, "blocks": {name: unit.digest for name, unit in units.items()}}
         texts = {"zarr.json": group_metadata({"expert": expert}), "manifest.json": to_json(contents)}
         gather(units, artifacts.activations(expert), texts)
@@ -58,17 +65,25 @@ class Replay:
         trajectories, settings = Trajectories(artifacts.TRAJECTORIES), stage["capture"]
         self.stage, self.block_ranges = stage, block_ranges
         self.shards = cut_ranges(len(replayed_calls(trajectories, expert, bins, settings)), settings.calls_per_shard)
-        self.inputs = {"model": manifest.expert_digest(expert), "trajectories": trajectories.digest(), "bins": bins.edges}
+        self.inputs = {
+            "model": manifest.expert_digest(expert),
+            "trajectories": trajectories.digest(),
+            "bins": bins.edges,
+        }
         self.work: Any = partial(Shard, expert, manifest, artifacts.TRAJECTORIES, stage["compute"], settings, bins)
 
     def statistics(self, n: int, executor: Executor, progress: Meter) -> dict[int, Unit]:
         """The finished units of the statistics of the n-th block range; the range before it is made only if it has to be."""
-        keys = {i: self.stage.key(("compute", "capture", "storage"), block=i, **self.inputs) for i in self.block_ranges[n]}
+        keys = {
+            i: self.stage.key(("compute", "capture", "storage"), block=i, **self.inputs) for i in self.block_ranges[n]
+        }
         found = {i: self.stage.units.find(key) for i, key in keys.items()}
         if None in found.values():
             folders = [unit.folder for unit in self._make_shards(n, executor, progress)]
             for i, key in keys.items():
-                found[i] = self.stage.units.make(key, partial(add_up_shards, folders, block_name(i), self.stage["storage"].url))
+                found[i] = self.stage.units.make(
+                    key, partial(add_up_shards, folders, block_name(i), self.stage["storage"].url)
+                )
         else:
             progress.skip(len(self.shards))
         for done in (n - 1, n) if n == len(self.block_ranges) - 1 else (n - 1,):
@@ -80,7 +95,8 @@ class Replay:
         """The finished shards of one block range, in the order of their calls."""
         previous = self._outputs(n - 1, executor, progress)
         tasks = [
-            Task(self._shard_key(n, calls), self.work(self.block_ranges[n], calls, outputs)) for calls, outputs in zip(self.shards, previous)
+            Task(self._shard_key(n, calls), self.work(self.block_ranges[n], calls, outputs))
+            for calls, outputs in zip(self.shards, previous)
         ]
         return executor.map_units(self.stage.units, tasks, progress)
 
@@ -96,7 +112,9 @@ class Replay:
 
     def _shard_key(self, n: int, calls: range) -> str:
         blocks = self.block_ranges[n]
-        return self.stage.key(("compute", "capture"), shard_of=[blocks.start, blocks.stop], calls=[calls.start, calls.stop], **self.inputs)
+        return self.stage.key(
+            ("compute", "capture"), shard_of=[blocks.start, blocks.stop], calls=[calls.start, calls.stop], **self.inputs
+        )
 
 
 if __name__ == "__main__":

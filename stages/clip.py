@@ -26,7 +26,11 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     artifacts/activations/EXPERT.zarr, artifacts/lowrank/EXPERT/ and artifacts/residual/EXPERT/. Writes artifacts/clip/EXPERT/.
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
-        sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert)}
+        sources = {
+            "activations": artifacts.activations(expert),
+            "lowrank": artifacts.lowrank(expert),
+            "residual": artifacts.residual(expert),
+        }
         edges = read_json(sources["activations"] / "manifest.json")["bin_edges"]
         settings = ClipSettings(stage["format"], stage["clip"])
         run_blocks(stage, expert, sources, artifacts.clip(expert), partial(search_clip, settings), bin_edges=edges)

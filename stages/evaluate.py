@@ -13,7 +13,16 @@ from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, VariantName, open_stage
 from stepquant.checkpoint.linears import read_settings
 from stepquant.command_runner import command, main
-from stepquant.evaluate.metrics_file import FormatPair, Record, VideoMetrics, measure_video, memory, summarize_layers, summarize_videos, write_record
+from stepquant.evaluate.metrics_file import (
+    FormatPair,
+    Record,
+    VideoMetrics,
+    measure_video,
+    memory,
+    summarize_layers,
+    summarize_videos,
+    write_record,
+)
 from stepquant.evaluate.packed_layers import layer_errors
 from stepquant.evaluate.summary import Bootstrap
 from stepquant.evaluate.video import read_video
@@ -39,7 +48,11 @@ def evaluate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
         prompts = evaluation_prompts(stage["generate"])
         reference = measure_videos(prompts, REFERENCE, None)
         own = reference if variant == REFERENCE else measure_videos(prompts, variant, REFERENCE)
-        errors = [] if variant == REFERENCE else list(layer_errors(manifest, stage["compute"], artifacts.checkpoint(variant), artifacts.activations))
+        errors = (
+            []
+            if variant == REFERENCE
+            else list(layer_errors(manifest, stage["compute"], artifacts.checkpoint(variant), artifacts.activations))
+        )
         record = Record(
             variant=variant,
             format=None if variant == REFERENCE else format_pair(manifest, variant),
@@ -63,7 +76,9 @@ def measure_videos(prompts: list[Prompt], variant: str, reference: str | None) -
 
 def format_pair(manifest: ModelManifest, variant: str) -> FormatPair:
     """The formats the checkpoint was packed in; experts that differ are both named."""
-    found = [read_settings(artifacts.checkpoint(variant) / described.subfolder) for described in manifest.experts.values()]
+    found = [
+        read_settings(artifacts.checkpoint(variant) / described.subfolder) for described in manifest.experts.values()
+    ]
     weights = dict.fromkeys(s.weight_format for s in found)
     activations = dict.fromkeys(s.activation_format for s in found if s.activation_format)
     return FormatPair(weight="+".join(weights), activation="+".join(activations) or None)

@@ -38,9 +38,15 @@ def generate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
         sampler = Sampler(stage, variant)
         units = {}
         for prompt in track(prompts, f"generate@{variant}"):
-            key = stage.key(("compute", "sampling"), weights=sampler.weights, prompt=prompt.digest(), fps=stage["generate"].fps)
+            key = stage.key(
+                ("compute", "sampling"), weights=sampler.weights, prompt=prompt.digest(), fps=stage["generate"].fps
+            )
             units[prompt.id] = stage.units.make(key, lambda folder: sampler.write(prompt, folder))
-        gather(units, artifacts.videos(variant), {"manifest.json": to_json({"videos": {name: unit.digest for name, unit in units.items()}})})
+        gather(
+            units,
+            artifacts.videos(variant),
+            {"manifest.json": to_json({"videos": {name: unit.digest for name, unit in units.items()}})},
+        )
 
 
 class Sampler:
@@ -55,7 +61,15 @@ class Sampler:
 
     def write(self, prompt: Prompt, folder: Path) -> None:
         """Sample one prompt; frames [F, 3, H, W] in 0..1 become the file's uint8 [F, H, W, 3]."""
-        frames = sample(self.pipe, self.stage["sampling"], prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "pt")
+        frames = sample(
+            self.pipe,
+            self.stage["sampling"],
+            prompt.prompt,
+            prompt.negative_prompt,
+            prompt.load_image(),
+            prompt.seed,
+            "pt",
+        )
         pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
         write_video(folder / "video.mp4", pixels.permute(0, 2, 3, 1).cpu().numpy(), self.stage["generate"].fps)
 
@@ -65,7 +79,9 @@ class Sampler:
         if self.variant == REFERENCE:
             return source_pipeline(self.manifest, compute, sampling)
         packed = artifacts.checkpoint(self.variant)
-        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=torch_dtype(compute.dtype)), compute.device), sampling)
+        return ready_to_sample(
+            lambda: place_pipeline(load_pipeline(packed, dtype=torch_dtype(compute.dtype)), compute.device), sampling
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         run_blocks(stage, expert, sources, artifacts.residual(expert), partial(round_residual, settings, expert))
 
 
-def round_residual(settings: RoundSettings, expert: str, block: StoredBlock, site: Site) -> tuple[ResidualFactors, dict[str, Any]]:
+def round_residual(
+    settings: RoundSettings, expert: str, block: StoredBlock, site: Site
+) -> tuple[ResidualFactors, dict[str, Any]]:
     found, record = round_site(block.weight(site), block.statistics(site), block.transform_factors(site), settings)
     if record["retries"]:
         where = f"gptq@{expert} block {block.index} {site.name}"

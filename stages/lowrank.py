@@ -27,7 +27,13 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params, expert=expert) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
-        check_shapes(read_manifest(artifacts.MODEL), expert, settings.format, settings.lowrank.rank, settings.rotate.hadamard_sizes)
+        check_shapes(
+            read_manifest(artifacts.MODEL),
+            expert,
+            settings.format,
+            settings.lowrank.rank,
+            settings.rotate.hadamard_sizes,
+        )
         sources = {"activations": artifacts.activations(expert)}
         work, means = partial(factor, settings), settings.center.means
         run_blocks(stage, expert, sources, artifacts.lowrank(expert), work, mean_subtraction=means)

@@ -21,7 +21,9 @@ def model(params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params) as stage:
         source = stage["model"]
         folder = resolve_source(source.source, source.revision)
-        write_text(artifacts.MODEL, to_json(describe_source(folder, source.source, source.revision).model_dump(mode="json")))
+        write_text(
+            artifacts.MODEL, to_json(describe_source(folder, source.source, source.revision).model_dump(mode="json"))
+        )
 
 
 if __name__ == "__main__":

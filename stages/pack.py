@@ -42,7 +42,9 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
         packers = [Packer(recipe, stage, manifest, expert) for expert in manifest.experts]
         if artifacts.checkpoint(variant).exists():
             shutil.rmtree(artifacts.checkpoint(variant))
-        write_checkpoint(source, artifacts.checkpoint(variant), {p.described.subfolder: (p.settings(), p.blocks()) for p in packers})
+        write_checkpoint(
+            source, artifacts.checkpoint(variant), {p.described.subfolder: (p.settings(), p.blocks()) for p in packers}
+        )
 
 
 class Packer:
@@ -52,10 +54,16 @@ class Packer:
         self.variant, self.described = variant, manifest.expert(expert)
         self.scheme = quant_scheme(stage["format"])
         self.model = open_expert(manifest, expert, stage["compute"])
-        self.folders = {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert), "clip": artifacts.clip(expert)}
+        self.folders = {
+            "lowrank": artifacts.lowrank(expert),
+            "residual": artifacts.residual(expert),
+            "clip": artifacts.clip(expert),
+        }
         self.rank = self._block(0).transform_factors(WAN_SITES[0]).proj_down.shape[1] if variant.low_rank else 0
         check_shapes(manifest, expert, stage["format"], self.rank)
-        self.mean_subtraction = variant.low_rank and read_json(self.folders["lowrank"] / "manifest.json")["mean_subtraction"]
+        self.mean_subtraction = (
+            variant.low_rank and read_json(self.folders["lowrank"] / "manifest.json")["mean_subtraction"]
+        )
         low, high = self.described.t_range
         clip = read_json(self.folders["clip"] / "manifest.json") if variant.clip else {"bin_edges": [high, low]}
         self.edges = tuple(clip["bin_edges"])

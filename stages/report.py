@@ -44,10 +44,18 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
         partial = artifacts.REPORT.with_name(f".{artifacts.REPORT.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         write_report(
-            partial, records, gallery, fps, stage["report"].title, manifest.source,
-            read_params(params), clip_ratios(manifest),
+            partial,
+            records,
+            gallery,
+            fps,
+            stage["report"].title,
+            manifest.source,
+            read_params(params),
+            clip_ratios(manifest),
         )
-        columns = [np.concatenate([row.videos[variant] for row in gallery[:PREVIEW_ROWS]], axis=1) for variant in variants]
+        columns = [
+            np.concatenate([row.videos[variant] for row in gallery[:PREVIEW_ROWS]], axis=1) for variant in variants
+        ]
         write_preview(partial / "preview.gif", columns, variants, fps, PREVIEW_WIDTH)
         shutil.rmtree(artifacts.REPORT, ignore_errors=True)
         partial.rename(artifacts.REPORT)

@@ -26,11 +26,15 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params) as stage:
         manifest = read_manifest(artifacts.MODEL)
         prompts = recorded_prompts(stage["trajectories"])
-        pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))  # not loaded when every unit is there
+        pipe = cache(
+            lambda: source_pipeline(manifest, stage["compute"], stage["sampling"])
+        )  # not loaded when every unit is there
         units = {}
         for prompt in track(prompts, "trajectories"):
             key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())
-            units[prompt.id] = stage.units.make(key, lambda folder: record_prompt(pipe(), stage["sampling"], prompt, folder, stage["storage"].url))
+            units[prompt.id] = stage.units.make(
+                key, lambda folder: record_prompt(pipe(), stage["sampling"], prompt, folder, stage["storage"].url)
+            )
         digests = {name: unit.digest for name, unit in units.items()}
         gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
 

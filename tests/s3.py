@@ -58,7 +58,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refuses:
             status, body, headers = 403, b"<Error><Code>AccessDenied</Code></Error>", {}
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body)), "ETag": '"0"', "Last-Modified": "Wed, 25 Nov 2026 00:00:00 GMT"} | headers).items():
+        for name, value in (
+            {"Content-Length": str(len(body)), "ETag": '"0"', "Last-Modified": "Wed, 25 Nov 2026 00:00:00 GMT"}
+            | headers
+        ).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -103,7 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def listing(self) -> bytes:
         bucket, prefix, delimiter = self.key.strip("/"), self.query.get("prefix", ""), self.query.get("delimiter", "")
-        keys = sorted(key.removeprefix(f"{bucket}/") for key in self.server.objects if key.startswith(f"{bucket}/{prefix}"))
+        keys = sorted(
+            key.removeprefix(f"{bucket}/") for key in self.server.objects if key.startswith(f"{bucket}/{prefix}")
+        )
         inside = {key for key in keys if not (delimiter and delimiter in key[len(prefix) :])}
         folders = {prefix + key[len(prefix) :].split(delimiter)[0] + delimiter for key in keys if key not in inside}
         lines = [

@@ -83,7 +83,9 @@ def test_every_profile_gives_params_that_pass(folder, name):
 
 def test_the_repository_ships_with_the_demo_profile():
     """Only values count: params.yaml may be edited for comments, and paths in it are those of the repository."""
-    shipped, demo = (yaml.safe_load(text) for text in ((ROOT / "params.yaml").read_text(), profiles.read_profiles()["demo"]))
+    shipped, demo = (
+        yaml.safe_load(text) for text in ((ROOT / "params.yaml").read_text(), profiles.read_profiles()["demo"])
+    )
     assert shipped == demo
 
 

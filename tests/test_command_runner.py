@@ -67,7 +67,9 @@ def test_a_full_disk_that_names_no_file_names_the_folder(error, tmp_path, monkey
     assert result.stderr.startswith(f"error: a file below {tmp_path}: No space left on device; ")
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "broken disk"), SafetensorError("header too small"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [ValueError("ours"), OSError(errno.EIO, "broken disk"), SafetensorError("header too small"), KeyError("x")]
+)
 def test_our_mistakes_keep_their_traceback(error):
     result = invoke(raising(error))
     assert result.exit_code == 1

@@ -56,15 +56,27 @@ def test_what_the_params_ask_for(tmp_path, monkeypatch, change, message):
 @pytest.mark.parametrize(
     ("change", "package", "message"),
     [
-        (("url: null", "url: s3://bucket"), "obstore", "missing: obstore, which storage.url needs; pip install 'stepquant[s3]'"),
-        (("executor: local", "executor: ray"), "ray", "missing: ray, which compute.executor: ray needs; pip install 'stepquant[ray]'"),
+        (
+            ("url: null", "url: s3://bucket"),
+            "obstore",
+            "missing: obstore, which storage.url needs; pip install 'stepquant[s3]'",
+        ),
+        (
+            ("executor: local", "executor: ray"),
+            "ray",
+            "missing: ray, which compute.executor: ray needs; pip install 'stepquant[ray]'",
+        ),
         (("url: null", "url: null"), "obstore", None),
     ],
 )
 def test_what_only_some_params_need(tmp_path, monkeypatch, change, package, message):
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(read_profiles()["demo"].replace(*change, 1).replace("source: data/models/wan22-mini", "source: owner/name"))
-    monkeypatch.setattr(doctor, "_version", lambda name, known=doctor._version: None if name == package else known(name))
+    Path("params.yaml").write_text(
+        read_profiles()["demo"].replace(*change, 1).replace("source: data/models/wan22-mini", "source: owner/name")
+    )
+    monkeypatch.setattr(
+        doctor, "_version", lambda name, known=doctor._version: None if name == package else known(name)
+    )
     result = invoke()
     assert result.exit_code == (1 if message else 0)
     assert (message or "extras: none needed, none missing") in result.stdout

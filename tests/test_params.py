@@ -47,7 +47,9 @@ def test_the_demo_profile_is_fine_and_arrives_unchanged(tmp_path):
 def test_no_section_has_a_default_or_takes_an_unknown_key(tmp_path, name):
     for key in params.SECTIONS[name].model_fields:
         message = refusal(write(tmp_path, [(f"{name}.{key}", GONE)]), name)
-        assert message.startswith(f"{name}.{key}: missing; expected the keys ") and key in message.split("expected", 1)[1]
+        assert (
+            message.startswith(f"{name}.{key}: missing; expected the keys ") and key in message.split("expected", 1)[1]
+        )
     message = refusal(write(tmp_path, [(f"{name}.misspelt", 1)]), name)
     assert message.startswith(f"{name}.misspelt: unknown parameter; allowed: ")
     assert message.split("allowed: ")[1].split(", ") == list(params.SECTIONS[name].model_fields)
@@ -119,19 +121,32 @@ def test_a_float_may_be_written_as_a_whole_number(tmp_path):
 
 
 def test_plumbing_is_all_that_a_result_cannot_depend_on(tmp_path):
-    path = write(tmp_path, [("compute.workers", 7), ("compute.executor", "ray"), ("compute.gpus_per_unit", 0.5), ("compute.address", "head:6379")])
+    path = write(
+        tmp_path,
+        [
+            ("compute.workers", 7),
+            ("compute.executor", "ray"),
+            ("compute.gpus_per_unit", 0.5),
+            ("compute.address", "head:6379"),
+        ],
+    )
     assert params.section(path, "compute").decisive() == {"device": "cpu", "dtype": "float32", "threads": 1}
     assert params.section(path, "capture").decisive() == params.section(path, "capture").model_dump()
 
 
 def test_an_unknown_section_is_refused_whatever_section_is_read(tmp_path):
     message = refusal(write(tmp_path, [("lowrnk", {"rank": 8})]), "compute")
-    assert message.startswith("unknown section 'lowrnk'; allowed: compute, model, ") and message.endswith("report, experts")
+    assert message.startswith("unknown section 'lowrnk'; allowed: compute, model, ") and message.endswith(
+        "report, experts"
+    )
 
 
 def test_a_misspelt_parameter_is_named_as_it_was_written(tmp_path):
     message = refusal(write(tmp_path, [("gptq.dampings", GONE), ("gptq.dampening", 0.01)]))
-    assert message == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, dampings, act_order, column_block"
+    assert (
+        message
+        == "gptq.dampening: unknown parameter; allowed: scales, refits, noise, dampings, act_order, column_block"
+    )
 
 
 def test_a_missing_section(tmp_path):
@@ -160,10 +175,16 @@ def test_a_bad_override_is_named_as_an_override(tmp_path):
     assert message.startswith("experts.low_noise.gptq over gptq.dampings: found -1.0; ")
 
 
-@pytest.mark.parametrize("changes", [[("experts.low_noise.lowrnk", {})], [("experts.low_noise.clip", GONE)], [("experts.low_noise.format", {})]])
+@pytest.mark.parametrize(
+    "changes",
+    [[("experts.low_noise.lowrnk", {})], [("experts.low_noise.clip", GONE)], [("experts.low_noise.format", {})]],
+)
 def test_an_expert_has_exactly_the_sections_that_can_be_overridden(tmp_path, changes):
     message = refusal(write(tmp_path, changes))
-    assert "low_noise has [" in message and "allowed: exactly ['center', 'clip', 'gptq', 'lowrank', 'rotate', 'smooth']" in message
+    assert (
+        "low_noise has [" in message
+        and "allowed: exactly ['center', 'clip', 'gptq', 'lowrank', 'rotate', 'smooth']" in message
+    )
 
 
 def test_an_expert_that_is_not_there(tmp_path):
@@ -173,12 +194,19 @@ def test_an_expert_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("changes", [[("bins.hgih_noise", 3)], [("bins.low_noise", GONE)]])
 def test_bins_belong_to_the_experts(tmp_path, changes):
     message = refusal(write(tmp_path, changes))
-    assert message.startswith("bins has [") and message.endswith("allowed: exactly the experts, ['high_noise', 'low_noise']")
+    assert message.startswith("bins has [") and message.endswith(
+        "allowed: exactly the experts, ['high_noise', 'low_noise']"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"a: [1", "not YAML: "), (b"a: \xff", "not YAML: "), (b"- 1\n", "found list; expected sections"), (b"", "found NoneType; expected sections")],
+    [
+        (b"a: [1", "not YAML: "),
+        (b"a: \xff", "not YAML: "),
+        (b"- 1\n", "found list; expected sections"),
+        (b"", "found NoneType; expected sections"),
+    ],
 )
 def test_a_file_that_holds_no_sections(tmp_path, content, what):
     path = tmp_path / "params.yaml"

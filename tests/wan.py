@@ -12,8 +12,17 @@ CHANNELS, TEXT_LENGTH, TEXT_DIM = 36, 5, 32
 def save_expert(folder: Path, dtype: torch.dtype, seed: int = 0) -> Path:
     """Save the denoiser as diffusers does, its weights cast to dtype; every parameter is random, norms and biases included."""
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=CHANNELS, out_channels=16,
-        text_dim=TEXT_DIM, freq_dim=32, ffn_dim=128, num_layers=BLOCKS, rope_max_seq_len=32, qk_norm="rms_norm_across_heads",
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=CHANNELS,
+        out_channels=16,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=128,
+        num_layers=BLOCKS,
+        rope_max_seq_len=32,
+        qk_norm="rms_norm_across_heads",
         cross_attn_norm=True,
     )
     generator = torch.Generator().manual_seed(seed)

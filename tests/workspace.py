@@ -27,7 +27,13 @@ TINY = {
     "sampling": {"height": 32, "width": 32, "num_frames": 5, "steps": 4, "flow_shift": 5.0, "max_sequence_length": 16},
     "trajectories": {"calibration_prompts": 2, "validation_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": [1000, 950, 900], "low_noise": [900, 700, 0]},
-    "capture": {"search_tokens": 32, "heldout_tokens": 32, "calls_per_chunk": 4, "calls_per_shard": 8, "blocks_per_shard": 1},
+    "capture": {
+        "search_tokens": 32,
+        "heldout_tokens": 32,
+        "calls_per_chunk": 4,
+        "calls_per_shard": 8,
+        "blocks_per_shard": 1,
+    },
     "format": {"weight": "nvfp4", "activation": "int4"},  # int4 activations like to be clipped: every variant differs
     "smooth": {"candidates": [0.4, 0.6]},
     "lowrank": {"rank": 16},
@@ -47,7 +53,11 @@ class Workspace:
     def environment(self) -> dict[str, str]:
         # /bin/sh is what DVC takes where SHELL is not set, as in most CI, and often the shell that keeps to POSIX most strictly.
         own = {"SHELL": "/bin/sh", "DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
-        return pipeline_environment(self.root) | own | {"PYTHONPATH": os.pathsep.join([str(self.root / "lib"), *ray_folder()])}
+        return (
+            pipeline_environment(self.root)
+            | own
+            | {"PYTHONPATH": os.pathsep.join([str(self.root / "lib"), *ray_folder()])}
+        )
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start `python -m COMMAND...` here; both output streams come as one text."""
@@ -107,6 +117,10 @@ def cut_model(source: Path, target: Path) -> None:
     for expert in ("transformer", "transformer_2"):
         config, weights = target / expert / "config.json", target / expert / "diffusion_pytorch_model.safetensors"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": BLOCKS}))
-        kept = {key: tensor for key, tensor in load_file(weights).items() if not key.startswith("blocks.") or int(key.split(".")[1]) < BLOCKS}
+        kept = {
+            key: tensor
+            for key, tensor in load_file(weights).items()
+            if not key.startswith("blocks.") or int(key.split(".")[1]) < BLOCKS
+        }
         weights.unlink()
         save_file(kept, weights)

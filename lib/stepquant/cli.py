@@ -53,7 +53,9 @@ def profile(
 
 @app.command()
 @command
-def show(folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.")] = Path("artifacts/metrics")) -> None:
+def show(
+    folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.")] = Path("artifacts/metrics"),
+) -> None:
     """Print the summary table over all variants, and where the report is."""
     from rich.console import Console
 
@@ -69,7 +71,9 @@ def show(folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.
 def plan(
     params: Annotated[Path, typer.Option(help="The params file of the run.")] = Path("params.yaml"),
     profile: Annotated[str | None, typer.Option(help="A ready-made profile in its place.")] = None,
-    machine: Annotated[list[str] | None, typer.Option(help="cpu, rtx4090, a100, h100 or 8xh100; may be given more than once.")] = None,
+    machine: Annotated[
+        list[str] | None, typer.Option(help="cpu, rtx4090, a100, h100 or 8xh100; may be given more than once.")
+    ] = None,
 ) -> None:
     """Say what a run would take, before it runs: time, memory and disk per stage, from shapes alone.
 
@@ -82,7 +86,9 @@ def plan(
 
 @app.command()
 @command
-def doctor(params: Annotated[Path, typer.Option(help="The params file, if there is one.")] = Path("params.yaml")) -> None:
+def doctor(
+    params: Annotated[Path, typer.Option(help="The params file, if there is one.")] = Path("params.yaml"),
+) -> None:
     """Look at this machine: versions, devices, free space, and what is missing. Exit code 1 if something must be fixed."""
     from stepquant.doctor import examine
 
@@ -96,7 +102,9 @@ def doctor(params: Annotated[Path, typer.Option(help="The params file, if there 
 @app.command()
 @command
 def gc(
-    keep_days: Annotated[float, typer.Option(min=0, help="Units younger than this stay: an interrupted run goes on from them.")] = 7,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Units younger than this stay: an interrupted run goes on from them.")
+    ] = 7,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     artifacts: Annotated[Path, typer.Option(help="Where the stages write.")] = Path("artifacts"),
     units: Annotated[Path, typer.Option(help="Where finished units of work are.")] = Path(".units"),
@@ -119,7 +127,11 @@ def _add_stages() -> None:
     sys.path.insert(0, str(here))
     for name in STAGES:
         called = name in sys.argv[1:2]
-        function = getattr(importlib.import_module(f"stages.{name}"), name) if called else _described(here / "stages" / f"{name}.py", name)
+        function = (
+            getattr(importlib.import_module(f"stages.{name}"), name)
+            if called
+            else _described(here / "stages" / f"{name}.py", name)
+        )
         app.command(name, rich_help_panel="Stages")(function)
 
 

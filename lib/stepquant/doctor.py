@@ -14,7 +14,12 @@ from stepquant.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "zarr")
 # Distributions of the extra `pipeline`, and what a run without them cannot do.
-PIPELINE = {"dvc": "dvc repro", "scikit-image": "SSIM in stage evaluate", "matplotlib": "plots in stage report", "jinja2": "the page of stage report"}
+PIPELINE = {
+    "dvc": "dvc repro",
+    "scikit-image": "SSIM in stage evaluate",
+    "matplotlib": "plots in stage report",
+    "jinja2": "the page of stage report",
+}
 LITTLE_SPACE = 20e9  # bytes; the demo takes 1 GB, a real model some hundred (`stepquant plan`)
 
 
@@ -28,7 +33,9 @@ class Finding:
 
 def examine(params: Path) -> Iterator[Finding]:
     """Everything that is looked at, in the order in which it is shown."""
-    yield Finding(f"python {platform.python_version()} on {platform.system()}, {os.cpu_count()} processors, {_memory() / 1e9:.0f} GB memory")
+    yield Finding(
+        f"python {platform.python_version()} on {platform.system()}, {os.cpu_count()} processors, {_memory() / 1e9:.0f} GB memory"
+    )
     yield from _packages()
     yield from _devices()
     yield from _space()
@@ -42,7 +49,9 @@ def _packages() -> Iterator[Finding]:
     yield Finding(", ".join(f"{name} {number}" for name, number in found.items() if number))
     for name, use in PIPELINE.items():
         if _version(name) is None:
-            yield Finding(f"missing: {name}, without which there is no {use}; pip install 'stepquant[pipeline]'", fine=False)
+            yield Finding(
+                f"missing: {name}, without which there is no {use}; pip install 'stepquant[pipeline]'", fine=False
+            )
     if _version("dvc") and _version("ruamel.yaml.clib") is None:
         yield Finding("slow: DVC reads YAML without ruamel.yaml.clib; pip install 'ruamel.yaml[oldlibyaml]'")
 
@@ -63,7 +72,10 @@ def _space() -> Iterator[Finding]:
     free = shutil.disk_usage(here).free
     hint = "" if free >= LITTLE_SPACE else "; enough for the demo, `stepquant plan` says what your model takes"
     yield Finding(f"{free / 1e9:.0f} GB free in {here}{hint}")
-    for name, folder in {"current folder": here, "DVC's state": Path(os.environ.get("DVC_SITE_CACHE_DIR", "/var/tmp"))}.items():
+    for name, folder in {
+        "current folder": here,
+        "DVC's state": Path(os.environ.get("DVC_SITE_CACHE_DIR", "/var/tmp")),
+    }.items():
         if not os.access(folder, os.W_OK):
             fix = "make it writable" if folder == here else "set DVC_SITE_CACHE_DIR to a folder of yours"
             yield Finding(f"{name}: {folder} cannot be written; {fix}", fine=False)
@@ -119,7 +131,9 @@ def _model(file: Path) -> str:
     if not (Path(model.source) / "model_index.json").is_file():
         if model.source.count("/") == 1 and not Path(model.source).exists():
             return f"model.source: {model.source} is no folder here; stage model will download it"
-        raise UserError(f"model.source: {model.source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name")
+        raise UserError(
+            f"model.source: {model.source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+        )
     experts = describe_experts(Path(model.source), model.source, model.revision).experts
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in experts.items())
     return f"model.source: {model.source}: {blocks}"

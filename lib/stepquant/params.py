@@ -244,7 +244,9 @@ class _Experts(BaseModel):
     def _known_overrides(self) -> "_Experts":
         for expert, sections in self.experts.items():
             if set(sections) != set(OVERRIDABLE):
-                raise ValueError(f"{expert} has {sorted(sections)}; allowed: exactly {sorted(OVERRIDABLE)} (empty is fine)")
+                raise ValueError(
+                    f"{expert} has {sorted(sections)}; allowed: exactly {sorted(OVERRIDABLE)} (empty is fine)"
+                )
         return self
 
 

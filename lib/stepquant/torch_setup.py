@@ -16,7 +16,9 @@ def prepare_torch(compute: Compute) -> None:
     try:
         torch.empty(0, device=compute.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"compute.device: {compute.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"compute.device: {compute.device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     torch.set_num_threads(compute.threads)
     torch.set_grad_enabled(False)
 

@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from stepquant.calibration.statistics_files import read_statistics, site_folder
 
 from stepquant.calibration import observer
 from stepquant.calibration.observer import SiteObserver, merge_shards, plan_sampling
+from stepquant.calibration.statistics_files import read_statistics, site_folder
 from stepquant.calibration.trajectories import Call
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
@@ -102,7 +102,9 @@ def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypa
 def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
     """TF32 for bfloat16 inputs alone, and only meanwhile."""
     allowed = []
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.allow_tf32))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.allow_tf32)
+    )
     for dtype in (torch.bfloat16, torch.float32):
         collect(tmp_path / str(dtype), x.to(dtype), BINS, chunk=5)
         assert not torch.backends.cuda.matmul.allow_tf32
@@ -136,7 +138,11 @@ def test_what_is_not_calibration_enters_nothing_but_its_own_sample(tmp_path, x, 
 def test_samples_are_tokens_of_their_split_and_bin_without_replacement(tmp_path, x):
     found = collect(tmp_path, x, BINS, chunk=5)
     for b in range(3):
-        for split, sample in {"calibration": found.search[b], "validation": found.validation[b], "heldout": found.heldout[b]}.items():
+        for split, sample in {
+            "calibration": found.search[b],
+            "validation": found.validation[b],
+            "heldout": found.heldout[b],
+        }.items():
             rows = rows_in(sample, tokens_of(x, split, b))
             assert len(rows) == len(set(rows)) == SAMPLES[split]
 
@@ -145,7 +151,9 @@ def test_a_sample_larger_than_the_bin_is_the_whole_bin(tmp_path, x):
     found = collect(tmp_path, x, BINS, chunk=5, samples={"calibration": 100, "validation": 10_000, "heldout": 10_000})
     for b, size in enumerate((40, 100, 40)):
         assert len(found.search[b]) == size
-        assert sorted(rows_in(found.heldout[b], tokens_of(x, "heldout", b))) == list(range(len(tokens_of(x, "heldout", b))))
+        assert sorted(rows_in(found.heldout[b], tokens_of(x, "heldout", b))) == list(
+            range(len(tokens_of(x, "heldout", b)))
+        )
 
 
 def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
@@ -164,7 +172,10 @@ def test_shares_add_up_to_the_whole(tmp_path, x, shard, offset):
     The last 24 calls are no calibration: among the shards of 1, 5 and 12 are some without a calibration token.
     """
     x = x + offset
-    whole, found = collect(tmp_path / "whole", x, BINS, chunk=5), collect(tmp_path / "shards", x, BINS, chunk=5, shard=shard)
+    whole, found = (
+        collect(tmp_path / "whole", x, BINS, chunk=5),
+        collect(tmp_path / "shards", x, BINS, chunk=5, shard=shard),
+    )
     assert same_samples(found, whole)
     for name in ("shift", "absmax"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
@@ -175,9 +186,15 @@ def test_shares_add_up_to_the_whole(tmp_path, x, shard, offset):
 
 def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path, x):
     """Of ten tokens calls 0, 3, ... take 0, 3, 6, 9, calls 1, 4, ... take 1, 4, 7; samples and the largest magnitudes are of all."""
-    whole, found = collect(tmp_path / "whole", x, BINS, chunk=5), collect(tmp_path / "third", x, BINS, chunk=5, shard=7, stride=3)
+    whole, found = (
+        collect(tmp_path / "whole", x, BINS, chunk=5),
+        collect(tmp_path / "third", x, BINS, chunk=5, shard=7, stride=3),
+    )
     bin_of = [0 if c.t > 900 else 1 if c.t > 500 else 2 for c in CALLS]
-    taken = [[x[i][i % 3 :: 3].double() for i, c in enumerate(CALLS) if c.split == "calibration" and bin_of[i] == b] for b in range(3)]
+    taken = [
+        [x[i][i % 3 :: 3].double() for i, c in enumerate(CALLS) if c.split == "calibration" and bin_of[i] == b]
+        for b in range(3)
+    ]
     per_bin = [torch.cat(tokens) for tokens in taken]
     assert open_group(tmp_path / "third").attrs["tokens"] == [len(tokens) for tokens in per_bin]
     assert torch.allclose(found.mean.double(), torch.stack([tokens.mean(0) for tokens in per_bin]), rtol=0, atol=1e-6)
@@ -188,13 +205,19 @@ def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path,
 
 
 def test_a_site_without_t_sums_every_token_whatever_the_stride(tmp_path, text):
-    whole, found = collect(tmp_path / "whole", text, None, chunk=5), collect(tmp_path / "third", text, None, chunk=5, stride=3)
+    whole, found = (
+        collect(tmp_path / "whole", text, None, chunk=5),
+        collect(tmp_path / "third", text, None, chunk=5, stride=3),
+    )
     assert torch.equal(found.hessian, whole.hessian) and torch.equal(found.mean, whole.mean)
 
 
 def test_shares_of_a_site_without_t(tmp_path, text):
     """Only the first of its shards holds anything new."""
-    whole, found = collect(tmp_path / "whole", text, None, chunk=4), collect(tmp_path / "shards", text, None, chunk=4, shard=4)
+    whole, found = (
+        collect(tmp_path / "whole", text, None, chunk=4),
+        collect(tmp_path / "shards", text, None, chunk=4, shard=4),
+    )
     assert torch.allclose(found.hessian, whole.hessian, rtol=0, atol=1e-6)
     assert torch.equal(found.search[0], whole.search[0]) and torch.equal(found.heldout[0], whole.heldout[0])
 
@@ -210,7 +233,12 @@ def test_the_choice_follows_the_seed():
 def test_every_token_is_as_likely_as_any_other():
     """20 x 20 draws of 7 out of 40 in bin 0, calibration: each call should get a quarter. 700 +- 5 deviations of about 22."""
     members = [i for i, c in enumerate(CALLS) if c.split == "calibration" and c.t > 900]
-    drawn = np.array([[len(plan_sampling(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1).rows[i]) for i in members] for seed in range(400)]).sum(0)
+    drawn = np.array(
+        [
+            [len(plan_sampling(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1).rows[i]) for i in members]
+            for seed in range(400)
+        ]
+    ).sum(0)
     assert drawn.sum() == 400 * 7
     assert np.abs(drawn - 700).max() < 110
 
@@ -220,7 +248,9 @@ def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
     once = {(c.prompt, c.branch): text[i].double() for i, c in enumerate(CALLS)}
     tokens = torch.cat([once[p, branch] for p in ("dog", "car") for branch in (0, 1)])
     assert open_group(tmp_path).attrs["tokens"] == [40]
-    assert torch.allclose(found.hessian_about(torch.zeros(CHANNELS)).double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6)
+    assert torch.allclose(
+        found.hessian_about(torch.zeros(CHANNELS)).double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6
+    )
     assert torch.equal(found.absmax.double(), tokens.abs().amax(0)[None])
     assert torch.allclose(found.mean.double(), tokens.mean(0)[None], rtol=0, atol=1e-6)
     assert len(found.search) == len(found.heldout) == 1
@@ -234,23 +264,35 @@ def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
     rows_in(found.search[1], tokens_of(x, "calibration", 1))
     assert open_group(tmp_path)["samples"].dtype == "uint16"
     tokens = [tokens_of(x, "calibration", b) for b in range(3)]
-    assert torch.allclose(found.hessian_about(torch.zeros(CHANNELS)).double(), sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
+    assert torch.allclose(
+        found.hessian_about(torch.zeros(CHANNELS)).double(),
+        sum(t.T @ t / len(t) for t in tokens) / 3,
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_or_inf_is_refused_with_its_place(bad, x):
-    site = SiteObserver(CHANNELS, plan_sampling(CALLS, BINS, TOKENS, SAMPLES, 0, stride=1), "cpu", "low_noise block 3 ffn.up")
+    site = SiteObserver(
+        CHANNELS, plan_sampling(CALLS, BINS, TOKENS, SAMPLES, 0, stride=1), "cpu", "low_noise block 3 ffn.up"
+    )
     x[2, 4, 1] = bad
     with pytest.raises(UserError) as caught:
         site.observe(x[:4], CALLS[:4], range(4))
     place = "low_noise block 3 ffn.up (prompt dog, t = 900)"
-    assert str(caught.value) == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
+    assert (
+        str(caught.value)
+        == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
+    )
 
 
 def test_a_bin_that_no_step_falls_into_is_refused():
     with pytest.raises(UserError) as caught:
         plan_sampling(CALLS, Bins((1000.0, 990.0, 0.0)), TOKENS, SAMPLES, 0, stride=1)
-    assert str(caught.value).startswith("bins: no recorded calibration step has t in bin 0, (990, 1000]; use fewer or wider bins")
+    assert str(caught.value).startswith(
+        "bins: no recorded calibration step has t in bin 0, (990, 1000]; use fewer or wider bins"
+    )
 
 
 def test_a_split_without_calls_is_refused():

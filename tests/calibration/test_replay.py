@@ -30,7 +30,9 @@ def whole_model(folder, calls):
         block.register_forward_hook(lambda module, args, output: outputs.append(output))
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, args, seen=seen, name=name: seen.update({name: args[0]}))
+                module.register_forward_pre_hook(
+                    lambda module, args, seen=seen, name=name: seen.update({name: args[0]})
+                )
     model(**calls)
     return outputs, linears
 
@@ -47,7 +49,9 @@ def test_block_by_block_gives_what_the_whole_model_gives(folder, size):
     denoiser = Denoiser(folder, "cpu", torch.float32)
     with torch.no_grad():
         prologue = denoiser.prologue()
-        first = [(p, block_inputs(prologue, **{k: v[s] for k, v in calls.items()})) for p, s in batches(lambda s: s, size)]
+        first = [
+            (p, block_inputs(prologue, **{k: v[s] for k, v in calls.items()})) for p, s in batches(lambda s: s, size)
+        ]
     for index in range(BLOCKS):
         seen = {site.name: [] for site in WAN_SITES}
 
@@ -94,7 +98,9 @@ def test_the_input_of_the_text_does_not_depend_on_t(folder):
         for t in (1000.0, 500.0):
             inputs = block_inputs(prologue, **(calls | {"timestep": torch.tensor([t])}))
             found = {}
-            list(replay_block(block, WAN_SITES, [(range(1), inputs)], lambda site, x, positions: found.update({site: x})))
+            list(
+                replay_block(block, WAN_SITES, [(range(1), inputs)], lambda site, x, positions: found.update({site: x}))
+            )
             seen.append(found)
     same = {site.name: torch.equal(seen[0][site.name], seen[1][site.name]) for site in WAN_SITES}
     assert same == {site.name: not site.depends_on_timestep for site in WAN_SITES}

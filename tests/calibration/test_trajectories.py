@@ -33,8 +33,11 @@ def sample(experts, inputs, branches=2):
         for branch in range(branches):
             hidden_states = torch.cat([latents[step], condition])[None]
             experts[name](
-                hidden_states=hidden_states, timestep=torch.tensor([t]), encoder_hidden_states=embeddings[branch : branch + 1],
-                attention_kwargs=None, return_dict=False,
+                hidden_states=hidden_states,
+                timestep=torch.tensor([t]),
+                encoder_hidden_states=embeddings[branch : branch + 1],
+                attention_kwargs=None,
+                return_dict=False,
             )
             hidden_states.zero_()  # what the pipeline does with its tensors later must not change what was recorded
 
@@ -92,13 +95,20 @@ def test_what_was_recorded_is_what_a_replay_gets(tmp_path):
 def test_replayed_steps_are_spread_over_each_bin_of_each_prompt():
     """Five steps in the first bin, two in the second. Two of five: the middles of two halves, 5 // 4 = 1 and 15 // 4 = 3; one: the middle."""
     times = [990, 980, 970, 960, 950, 400, 200]
-    calls = [Call(prompt, "calibration", step, branch, t) for prompt in ("cat", "dog") for step, t in enumerate(times) for branch in (0, 1)]
+    calls = [
+        Call(prompt, "calibration", step, branch, t)
+        for prompt in ("cat", "dog")
+        for step, t in enumerate(times)
+        for branch in (0, 1)
+    ]
     bins = Bins((1000, 900, 0))
 
     def kept(steps):
         return [(call.prompt, call.step, call.branch) for call in spread_over_bins(calls, bins, steps)]
 
-    assert kept(2) == [(prompt, step, branch) for prompt in ("cat", "dog") for step in (1, 3, 5, 6) for branch in (0, 1)]
+    assert kept(2) == [
+        (prompt, step, branch) for prompt in ("cat", "dog") for step in (1, 3, 5, 6) for branch in (0, 1)
+    ]
     assert kept(1) == [(prompt, step, branch) for prompt in ("cat", "dog") for step in (2, 6) for branch in (0, 1)]
     assert kept(None) == kept(9) == [(call.prompt, call.step, call.branch) for call in calls]
 

@@ -64,7 +64,9 @@ def source(tmp_path_factory):
 
 def make_settings(subfolder, weight_format, activation_format, rank):
     rotations = {target: 16 for target in TARGETS if target.endswith("net.2")}
-    return QuantizationSettings(weight_format, activation_format, "ceil", rank, True, rotations, EDGES[subfolder], TARGETS)
+    return QuantizationSettings(
+        weight_format, activation_format, "ceil", rank, True, rotations, EDGES[subfolder], TARGETS
+    )
 
 
 def quantize(W, bias, settings, rotation, seed):

@@ -47,11 +47,15 @@ def make_video(pipe, steps=3):
     ).frames
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, {"default": torch.bfloat16, "vae": torch.float32}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, {"default": torch.bfloat16, "vae": torch.float32}], ids=["fp32", "bf16"]
+)
 def test_makes_a_video(checkpoint, dtype):
     pipe = stepquant.load_pipeline(checkpoint, dtype=dtype, **NO_TEXT)
     assert isinstance(pipe, WanImageToVideoPipeline)
-    assert all(sum(isinstance(m, W4A4Linear) for m in e.modules()) == 20 for e in (pipe.transformer, pipe.transformer_2))
+    assert all(
+        sum(isinstance(m, W4A4Linear) for m in e.modules()) == 20 for e in (pipe.transformer, pipe.transformer_2)
+    )
     linears = [expert.blocks[1].ffn.net[2] for expert in (pipe.transformer, pipe.transformer_2)]
     for linear in linears:
         linear.bin.fill_(1)

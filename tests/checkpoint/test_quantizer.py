@@ -26,7 +26,9 @@ def packed(request, source, tools, tmp_path_factory):
     settings = tools.settings("transformer_2", request.param, request.param, rank=8)
     folder = tmp_path_factory.mktemp("packed") / request.param
     write_expert(source / "transformer_2", folder, settings, tools.blocks(source / "transformer_2", settings))
-    linears = {target: p for _, block in tools.blocks(source / "transformer_2", settings) for target, p in block.items()}
+    linears = {
+        target: p for _, block in tools.blocks(source / "transformer_2", settings) for target, p in block.items()
+    }
     return folder, settings, linears
 
 
@@ -151,7 +153,9 @@ def test_foreign_tensor(damaged):
 
 
 def test_wrong_shape(damaged):
-    with pytest.raises(UserError, match=r"to_q.clip_ratio has shape \[2\]; quantization_config and config.json ask for \[3\]"):
+    with pytest.raises(
+        UserError, match=r"to_q.clip_ratio has shape \[2\]; quantization_config and config.json ask for \[3\]"
+    ):
         damaged(lambda tensors: tensors.update({"blocks.0.attn1.to_q.clip_ratio": torch.ones(2)}))
 
 

@@ -15,7 +15,9 @@ from stepquant.compute.ray import OBJECT_STORE_BYTES
 from stepquant.storage.atomic import write_text
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-context = ray.init("local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level="ERROR")
+context = ray.init(
+    "local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level="ERROR"
+)
 write_text(Path(sys.argv[2]), context.address_info["address"])
 while psutil.pid_exists(int(sys.argv[1])):
     time.sleep(0.5)

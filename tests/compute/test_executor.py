@@ -67,7 +67,11 @@ def test_units_warnings_and_progress_arrive(compute, store, capsys, kind):
     assert ("py_modules" in (store.root / "2" / "code").read_text()) == (kind == "ray")  # the code has travelled
     lines = capsys.readouterr().err.splitlines()
     assert lines.count("mind this") == 1
-    assert [line.split(",")[0] for line in lines if line.startswith("test: ")] == ["test: 1/3", "test: 2/3", "test: 3/3"]
+    assert [line.split(",")[0] for line in lines if line.startswith("test: ")] == [
+        "test: 1/3",
+        "test: 2/3",
+        "test: 3/3",
+    ]
 
 
 @ALL
@@ -114,11 +118,16 @@ def test_errors(compute, store, capsys, kind):
 def test_a_share_of_a_gpu_that_is_not_there_is_refused(compute, store):
     with pytest.raises(UserError) as refused:
         map_alone(compute("ray", gpus_per_unit=0.5), store, [work.Write("a")])
-    assert str(refused.value) == "compute.gpus_per_unit: a unit asks for 0.5 GPUs; the largest machine of the Ray cluster has 0"
+    assert (
+        str(refused.value)
+        == "compute.gpus_per_unit: a unit asks for 0.5 GPUs; the largest machine of the Ray cluster has 0"
+    )
 
 
 def test_more_threads_than_a_machine_has_are_refused(compute, store):
-    with pytest.raises(UserError, match="compute.threads: a unit asks for 3 CPUs; the largest machine of the Ray cluster has 2"):
+    with pytest.raises(
+        UserError, match="compute.threads: a unit asks for 3 CPUs; the largest machine of the Ray cluster has 2"
+    ):
         map_alone(compute("ray").model_copy(update={"threads": 3}), store, [work.Write("a")])
 
 
@@ -138,7 +147,9 @@ def test_a_folder_that_a_machine_does_not_have_is_named(tmp_path, store):
     from stepquant.compute.ray import run_task_there
 
     outcome = run_task_there(Task("0", work.Write("a")), store.root, tmp_path / "absent", None)
-    assert outcome.mistake.startswith(f"{tmp_path / 'absent'}: not on the machine ") and outcome.mistake.endswith("under the same path")
+    assert outcome.mistake.startswith(f"{tmp_path / 'absent'}: not on the machine ") and outcome.mistake.endswith(
+        "under the same path"
+    )
 
 
 DRIVER = """

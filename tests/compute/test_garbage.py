@@ -18,11 +18,17 @@ def folder(tmp_path, monkeypatch):
     clip, capture = UnitStore(tmp_path / ".units/clip@x"), UnitStore(tmp_path / ".units/capture@x")
     held = {}
     for store, key, size in ((clip, "held", 10), (clip, "old", 1000), (clip, "cached", 100_000), (capture, "held", 10)):
-        held[store, key] = store.make(key, lambda path, size=size, key=key: (path / key).write_text("x" * size) and None)
+        held[store, key] = store.make(
+            key, lambda path, size=size, key=key: (path / key).write_text("x" * size) and None
+        )
         os.utime(store.root / key / MARKER, (time.time() - 30 * 24 * 3600,) * 2)
     for store, out in ((clip, "clip/x"), (capture, "activations/x.zarr")):
         unit = held[store, "held"]
-        gather({"block_00": unit}, tmp_path / "artifacts" / out, {"manifest.json": json.dumps({"blocks": {"block_00": unit.digest}})})
+        gather(
+            {"block_00": unit},
+            tmp_path / "artifacts" / out,
+            {"manifest.json": json.dumps({"blocks": {"block_00": unit.digest}})},
+        )
     os.link(clip.root / "cached" / "cached", tmp_path / "in the cache of DVC")
     (capture.root / ".half.partial").mkdir()
     (capture.root / ".half.partial" / "file").write_text("x" * 50)
@@ -39,7 +45,9 @@ def young(folder, key):
 
 
 def test_what_no_artifact_holds_is_removed(folder):
-    marker = (folder / ".units/clip@x/old" / MARKER).stat().st_size + (folder / ".units/clip@x/cached" / MARKER).stat().st_size
+    marker = (folder / ".units/clip@x/old" / MARKER).stat().st_size + (
+        folder / ".units/clip@x/cached" / MARKER
+    ).stat().st_size
     found = collect(folder / ".units", folder / "artifacts", keep_days=7, dry_run=False)
     assert found == Garbage(units=4, bytes=1000 + 50 + marker)  # a file that DVC's cache has too frees nothing
     assert kept(folder) == {"clip@x/held", "capture@x/held"}
@@ -71,7 +79,11 @@ def test_a_running_stage_is_left_alone_and_so_is_everything_else(folder):
 
 
 def test_the_command_says_what_it_did(folder):
-    for arguments, said in ((["--dry-run"], "would remove 4 units, 0.0 MB\n"), ([], "removed 4 units, 0.0 MB\n"), ([], "removed 0 units, 0.0 MB\n")):
+    for arguments, said in (
+        (["--dry-run"], "would remove 4 units, 0.0 MB\n"),
+        ([], "removed 4 units, 0.0 MB\n"),
+        ([], "removed 0 units, 0.0 MB\n"),
+    ):
         assert CliRunner().invoke(cli.app, ["gc", *arguments]).stdout == said
 
 

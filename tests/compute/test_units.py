@@ -30,7 +30,10 @@ def forbidden(folder):
 
 
 def test_content_key_is_the_sha256_of_canonical_json():
-    assert content_key(b=[1, 2.5], a={"y": None, "x": True}) == hashlib.sha256(b'{"a":{"x":true,"y":null},"b":[1,2.5]}').hexdigest()
+    assert (
+        content_key(b=[1, 2.5], a={"y": None, "x": True})
+        == hashlib.sha256(b'{"a":{"x":true,"y":null},"b":[1,2.5]}').hexdigest()
+    )
     assert content_key(a=1, b=2) == content_key(b=2, a=1) != content_key(a=2, b=1)
 
 
@@ -126,7 +129,9 @@ def test_file_digests_leave_hidden_files_out(tmp_path):
     for name in ("b.txt", "sub/a.txt", ".hidden", "sub/.cache/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert list(file_digests(tmp_path).items()) == [(name, hashlib.sha256(name.encode()).hexdigest()) for name in ("b.txt", "sub/a.txt")]
+    assert list(file_digests(tmp_path).items()) == [
+        (name, hashlib.sha256(name.encode()).hexdigest()) for name in ("b.txt", "sub/a.txt")
+    ]
 
 
 def contents(folder):
@@ -137,7 +142,13 @@ def test_gather_links_units_and_writes_texts(store, tmp_path):
     one, two = store.make("1", writing(a="one")), store.make("2", writing(a="two"))
     out = tmp_path / "artifacts" / "out"
     gather({"block_00": one, "deep/block_01": two, "": one}, out, {"manifest.json": "{}", "block_00/extra.txt": "x"})
-    assert contents(out) == {"block_00/a": "one", "deep/block_01/a": "two", "a": "one", "manifest.json": "{}", "block_00/extra.txt": "x"}
+    assert contents(out) == {
+        "block_00/a": "one",
+        "deep/block_01/a": "two",
+        "a": "one",
+        "manifest.json": "{}",
+        "block_00/extra.txt": "x",
+    }
     assert os.path.samefile(out / "block_00/a", one.folder / "a")
     assert list(out.parent.iterdir()) == [out]
 

@@ -42,9 +42,7 @@ def test_the_sprite_stays_inside_the_frame(assets: Assets, clip_settings: ClipSe
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_caption_names_the_direction_that_flow_measures(
-    direction: str, assets: Assets, clip_settings: ClipSettings
-):
+def test_caption_names_the_direction_that_flow_measures(direction: str, assets: Assets, clip_settings: ClipSettings):
     random = np.random.default_rng(2)
     spec = draw_spec(random, assets, "training", clip_settings, direction=direction, camera="camera static")
     left, top = spec.sprite_corner

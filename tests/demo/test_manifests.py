@@ -50,7 +50,11 @@ def test_any_prefix_is_balanced(folder: Path, length: int):
 
 
 def test_splits_are_as_many_as_promised(data_folder: Path):
-    assert Counter(row["split"] for row in read(data_folder / "calibration")) == {"calibration": 10, "validation": 2, "heldout": 4}
+    assert Counter(row["split"] for row in read(data_folder / "calibration")) == {
+        "calibration": 10,
+        "validation": 2,
+        "heldout": 4,
+    }
     assert Counter(row["split"] for row in read(data_folder / "evaluation")) == {"evaluation": 40}
 
 
@@ -66,7 +70,10 @@ def test_evaluation_shares_no_sprite_and_no_photo(data_folder: Path):
 def test_splits_of_calibration_share_no_picture(data_folder: Path):
     rows = read(data_folder / "calibration")
     for key in ("sprite", "photo"):
-        used = {split: {row["extra"][key] for row in rows if row["split"] == split} for split in ("calibration", "validation", "heldout")}
+        used = {
+            split: {row["extra"][key] for row in rows if row["split"] == split}
+            for split in ("calibration", "validation", "heldout")
+        }
         assert not used["calibration"] & used["heldout"]
         assert not used["validation"] & (used["calibration"] | used["heldout"])
 

@@ -49,7 +49,11 @@ def record(variant: str = "full") -> Record:
     videos = {"a": metrics(29, 20.0), "b": metrics(39, 22.0)}
     if variant == "bf16":
         return Record(
-            variant="bf16", format=None, videos=summarize_videos(bf16, None, BOOTSTRAP), layers={}, memory=memory(400, 400)
+            variant="bf16",
+            format=None,
+            videos=summarize_videos(bf16, None, BOOTSTRAP),
+            layers={},
+            memory=memory(400, 400),
         )
     return Record(
         variant=variant,

@@ -56,7 +56,9 @@ def test_unreadable_videos_are_named(tmp_path, content):
 
 
 def test_small_videos_repeat_whole_pixels():
-    np.testing.assert_array_equal(fit_width(noise(2, 4, 4, 3), width=11), np.kron(noise(2, 4, 4, 3), np.ones((1, 2, 2, 1))))
+    np.testing.assert_array_equal(
+        fit_width(noise(2, 4, 4, 3), width=11), np.kron(noise(2, 4, 4, 3), np.ones((1, 2, 2, 1)))
+    )
 
 
 def test_large_videos_average_over_boxes():

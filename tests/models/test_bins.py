@@ -55,14 +55,19 @@ def test_the_runtime_counts_the_same_bins(spec):
 def test_edges_that_overlap_or_repeat(spec):
     with pytest.raises(UserError) as caught:
         make_bins(spec, 0, 900, KEY)
-    assert str(caught.value) == f"{KEY}: edges {spec} overlap or repeat; allowed: at least two strictly ordered values of t"
+    assert (
+        str(caught.value)
+        == f"{KEY}: edges {spec} overlap or repeat; allowed: at least two strictly ordered values of t"
+    )
 
 
 @pytest.mark.parametrize("spec", [[899, 300, 0], [900, 300, 1], [300, 200]])
 def test_edges_that_leave_a_gap(spec):
     with pytest.raises(UserError) as caught:
         make_bins(spec, 0, 900, KEY)
-    assert str(caught.value) == f"{KEY}: edges {spec} do not cover [0, 900]; allowed: first and last edge at or beyond it"
+    assert (
+        str(caught.value) == f"{KEY}: edges {spec} do not cover [0, 900]; allowed: first and last edge at or beyond it"
+    )
 
 
 @pytest.mark.parametrize("count", [0, -2])

@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
 def blocks_seen(model, calls):
     """The arguments of every block and its output, while diffusers runs the whole model."""
     seen = []
-    handles = [block.register_forward_hook(lambda module, args, output: seen.append((args, output))) for block in model.blocks]
+    handles = [
+        block.register_forward_hook(lambda module, args, output: seen.append((args, output))) for block in model.blocks
+    ]
     model(**calls)
     for handle in handles:
         handle.remove()
@@ -52,7 +54,9 @@ def test_prologue_and_blocks_compute_what_diffusers_computes(folder, dtype):
     ):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     for index, (_, output) in enumerate(seen):
-        hidden = denoiser.block(index)(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb)
+        hidden = denoiser.block(index)(
+            inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb
+        )
         assert hidden.dtype == output.dtype and torch.equal(hidden, output)
         inputs = inputs.with_hidden_states(hidden)
 
@@ -74,7 +78,11 @@ def test_linear_weight_is_the_stored_weight_in_float32(folder):
 
 
 def test_the_sites_name_every_linear_of_a_block(folder):
-    found = {name for name, module in Denoiser(folder, "cpu", torch.float32).block(0).named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {
+        name
+        for name, module in Denoiser(folder, "cpu", torch.float32).block(0).named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     assert found == {linear for site in WAN_SITES for linear in site.linears}
 
 
@@ -101,22 +109,31 @@ def refusal(function, *arguments):
 
 def test_a_missing_tensor_of_a_block(changed, tmp_path):
     denoiser = changed(lambda tensors: tensors.pop("blocks.1.attn1.to_q.weight"))
-    assert refusal(denoiser.block, 1) == f"{tmp_path}: the checkpoint lacks attn1.to_q.weight; expected the weights of WanTransformer3DModel"
+    assert (
+        refusal(denoiser.block, 1)
+        == f"{tmp_path}: the checkpoint lacks attn1.to_q.weight; expected the weights of WanTransformer3DModel"
+    )
     assert denoiser.block(0).attn1.to_q.weight.shape == (64, 64)
 
 
 def test_a_missing_tensor_before_the_blocks(changed):
-    assert "the checkpoint lacks patch_embedding.weight" in refusal(changed(lambda tensors: tensors.pop("patch_embedding.weight")).prologue)
+    assert "the checkpoint lacks patch_embedding.weight" in refusal(
+        changed(lambda tensors: tensors.pop("patch_embedding.weight")).prologue
+    )
 
 
 def test_an_unexpected_tensor(changed):
-    denoiser = changed(lambda tensors: tensors.update({"blocks.0.extra.weight": torch.zeros(2), "more": torch.zeros(2)}))
+    denoiser = changed(
+        lambda tensors: tensors.update({"blocks.0.extra.weight": torch.zeros(2), "more": torch.zeros(2)})
+    )
     assert "has an unknown tensor extra.weight" in refusal(denoiser.block, 0)
     assert "has an unknown tensor more" in refusal(denoiser.prologue)
 
 
 def test_a_tensor_of_another_shape(changed, tmp_path):
-    message = refusal(changed(lambda tensors: tensors.update({"blocks.0.attn1.to_q.weight": torch.zeros(64, 32)})).block, 0)
+    message = refusal(
+        changed(lambda tensors: tensors.update({"blocks.0.attn1.to_q.weight": torch.zeros(64, 32)})).block, 0
+    )
     assert message.startswith(f"{tmp_path}: weights do not fit config.json: size mismatch for attn1.to_q.weight")
 
 
@@ -128,4 +145,6 @@ def test_fewer_blocks_than_the_config_says(folder, changed, tmp_path):
 def test_pickled_weights_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    assert "found only pickled weights (diffusion_pytorch_model.bin)" in refusal(Denoiser, tmp_path, "cpu", torch.float32)
+    assert "found only pickled weights (diffusion_pytorch_model.bin)" in refusal(
+        Denoiser, tmp_path, "cpu", torch.float32
+    )

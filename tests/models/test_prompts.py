@@ -9,7 +9,14 @@ from stepquant.errors import UserError
 from stepquant.models.prompts import evaluation_prompts, read_manifest, take
 from stepquant.params import Generate
 
-ROW = {"id": "a_1", "split": "calibration", "prompt": "a dog runs", "negative_prompt": "", "image": "images/a.png", "seed": 7}
+ROW = {
+    "id": "a_1",
+    "split": "calibration",
+    "prompt": "a dog runs",
+    "negative_prompt": "",
+    "image": "images/a.png",
+    "seed": 7,
+}
 
 
 @pytest.fixture
@@ -23,7 +30,10 @@ def manifest(tmp_path):
 
     def write(*rows):
         path = folder / "manifest.jsonl"
-        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        path.write_text(
+            "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows),
+            encoding="utf-8",
+        )
         return path
 
     return write
@@ -38,9 +48,19 @@ def refusal(path):
 
 
 def test_rows_arrive_in_order_with_their_values(manifest):
-    path = manifest(ROW | {"license": "CC0", "extra": {"x": 1}}, "", ROW | {"id": "b", "split": "heldout", "prompt": "línea\u2028two", "seed": 0})
+    path = manifest(
+        ROW | {"license": "CC0", "extra": {"x": 1}},
+        "",
+        ROW | {"id": "b", "split": "heldout", "prompt": "línea\u2028two", "seed": 0},
+    )
     first, second = read_manifest(path)
-    assert (first.id, first.split, first.prompt, first.negative_prompt, first.seed) == ("a_1", "calibration", "a dog runs", "", 7)
+    assert (first.id, first.split, first.prompt, first.negative_prompt, first.seed) == (
+        "a_1",
+        "calibration",
+        "a dog runs",
+        "",
+        7,
+    )
     assert first.image == path.parent.resolve() / "images/a.png"
     assert (second.id, second.split, second.prompt, second.seed) == ("b", "heldout", "línea\u2028two", 0)
 
@@ -86,7 +106,9 @@ def test_a_duplicate_id_names_the_second_line(manifest):
     assert refusal(manifest(ROW, ROW | {"id": "b"}, ROW)) == ":3: id 'a_1' is used twice; ids must be unique"
 
 
-@pytest.mark.parametrize(("line", "what"), [("{'id': 1}", "not JSON: "), ("[1]", "found list; expected one JSON object per line")])
+@pytest.mark.parametrize(
+    ("line", "what"), [("{'id': 1}", "not JSON: "), ("[1]", "found list; expected one JSON object per line")]
+)
 def test_a_line_that_is_no_row(manifest, line, what):
     assert refusal(manifest(ROW, line)).startswith(f":2: {what}")
 

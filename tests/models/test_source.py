@@ -78,8 +78,17 @@ def test_shapes_are_rows_and_columns_of_each_linear(finished):
 
 def test_every_component_s_files_are_hashed(finished):
     files = describe(finished).files
-    expected = {"model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
-    expected |= {f"{expert}/{name}" for expert in ("transformer", "transformer_2") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    expected = {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    expected |= {
+        f"{expert}/{name}"
+        for expert in ("transformer", "transformer_2")
+        for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    }
     assert set(files) == expected
     for name, digest in files.items():
         assert digest == hashlib.sha256((finished / name).read_bytes()).hexdigest()
@@ -95,7 +104,9 @@ def test_an_expert_s_digest_follows_its_own_files_only(source):
 
 
 def test_a_dense_model_has_one_expert_over_all_of_t(source):
-    (source / "model_index.json").write_text(json.dumps(INDEX | {"boundary_ratio": None, "transformer_2": [None, None]}))
+    (source / "model_index.json").write_text(
+        json.dumps(INDEX | {"boundary_ratio": None, "transformer_2": [None, None]})
+    )
     shutil.rmtree(source / "transformer_2")
     experts = describe(source).experts
     assert list(experts) == ["denoiser"]
@@ -112,7 +123,10 @@ def test_by_what_the_vae_shrinks_a_video(source):
 @pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae", "scheduler"])
 def test_a_missing_component(source, component):
     shutil.rmtree(source / component)
-    assert refusal(source) == f"{source / component}: no such folder, but {source / 'model_index.json'} names this component"
+    assert (
+        refusal(source)
+        == f"{source / component}: no such folder, but {source / 'model_index.json'} names this component"
+    )
 
 
 @pytest.mark.parametrize("component", ["transformer_2", "vae"])
@@ -120,7 +134,9 @@ def test_weights_that_are_missing_truncated_or_pickled(source, component):
     file = source / component / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-7])
-    assert refusal(source).startswith(f"{file}: truncated or damaged: {len(whole) - 7} bytes, its header says {len(whole)}")
+    assert refusal(source).startswith(
+        f"{file}: truncated or damaged: {len(whole) - 7} bytes, its header says {len(whole)}"
+    )
     file.unlink()
     assert refusal(source).startswith(f"{file.parent}: no weights; expected ")
     torch.save({}, file.with_suffix(".bin"))
@@ -129,7 +145,11 @@ def test_weights_that_are_missing_truncated_or_pickled(source, component):
 
 @pytest.mark.parametrize(
     ("file", "key"),
-    [("model_index.json", "_class_name"), ("scheduler/scheduler_config.json", "num_train_timesteps"), ("transformer/config.json", "num_layers")],
+    [
+        ("model_index.json", "_class_name"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps"),
+        ("transformer/config.json", "num_layers"),
+    ],
 )
 def test_a_config_that_is_missing_broken_or_empty(source, file, key):
     path = source / file
@@ -149,7 +169,10 @@ def test_a_local_folder_is_found(finished):
 def test_neither_a_folder_nor_a_hub_id(source):
     with pytest.raises(UserError) as caught:
         resolve_source(source, None)
-    assert str(caught.value) == f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+    assert (
+        str(caught.value)
+        == f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+    )
 
 
 def test_a_folder_without_an_index_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -174,5 +197,7 @@ def test_a_hub_id_is_asked_for_without_pickles(monkeypatch, tmp_path):
 def test_a_hub_id_that_the_hub_does_not_give(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="model.source: no folder nobody/no-such-model, and the hub gave no such model: "):
+    with pytest.raises(
+        UserError, match="model.source: no folder nobody/no-such-model, and the hub gave no such model: "
+    ):
         resolve_source("nobody/no-such-model", None)

@@ -27,7 +27,12 @@ def below(variants: tuple[str, ...]) -> set[str]:
     return each("pack generate evaluate", variants) | {"report"}
 
 
-ALL = {"model", "trajectories"} | each("capture lowrank gptq clip", EXPERTS) | below(PACKED) | each("generate evaluate", ("bf16",))
+ALL = (
+    {"model", "trajectories"}
+    | each("capture lowrank gptq clip", EXPERTS)
+    | below(PACKED)
+    | each("generate evaluate", ("bf16",))
+)
 # Every variant's layers are scored on the held-out activations: new ones score rtn anew, though it is not sampled again.
 NEW_ACTIVATIONS = below(BRANCH) | {"evaluate@rtn"}
 
@@ -40,9 +45,18 @@ PARAMS = {
     "compute.address": ("head:6379", {"report"}),
     "compute.gpus_per_unit": (0.5, {"report"}),
     "sampling.steps": (5, ALL - {"model", "pack@rtn"}),
-    "trajectories.validation_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "trajectories.heldout_prompts": (2, {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "storage.url": ("s3://bucket/prefix", {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
+    "trajectories.validation_prompts": (
+        2,
+        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+    ),
+    "trajectories.heldout_prompts": (
+        2,
+        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+    ),
+    "storage.url": (
+        "s3://bucket/prefix",
+        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+    ),
     "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
     "bins.low_noise": ([900, 800, 700, 0], each("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
     "capture.calls_per_shard": (4, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),

@@ -45,7 +45,9 @@ def keys_read(section: str, expert: str | None) -> list[str]:
     model = SECTIONS[section]
     if section == "bins":
         return [f"bins.{expert}"]
-    return [f"{section}.{key}" for key in model.model_fields if key not in model.plumbing] if model.plumbing else [section]
+    return (
+        [f"{section}.{key}" for key in model.model_fields if key not in model.plumbing] if model.plumbing else [section]
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -64,7 +66,9 @@ def test_declared_params_are_those_the_stage_reads(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_declared_code_is_what_the_stage_runs(name):
     module, _ = module_and_expert(name)
-    files = source_files(ROOT / "stages" / f"{module}.py", {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"})
+    files = source_files(
+        ROOT / "stages" / f"{module}.py", {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"}
+    )
     expected = [file.relative_to(ROOT).as_posix() for file in files]
     expected += ["lib/stepquant/report/page.html.j2"] * (module == "report")
     assert sorted(path for path in declared_files(STAGES[name]) if path.startswith(CODE)) == sorted(expected)
@@ -99,7 +103,9 @@ def lay_out(workspace: Workspace, stage: Stage, folder: Path) -> None:
     for path in sorted(inputs):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-al", workspace.root / path, folder / path], check=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(restricted(workspace.params(), declared_params(stage)), sort_keys=False))
+    (folder / "params.yaml").write_text(
+        yaml.safe_dump(restricted(workspace.params(), declared_params(stage)), sort_keys=False)
+    )
 
 
 # No stage depends on these, so that whatever they say changes nothing: here something else than where `workspace` ran.

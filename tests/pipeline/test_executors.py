@@ -62,4 +62,6 @@ def test_a_share_may_walk_several_blocks(fresh):
 
 def counts(output: str, label: str) -> list[str]:
     """What the lines of progress have counted."""
-    return [line.removeprefix(f"{label}: ").split(",")[0] for line in output.splitlines() if line.startswith(f"{label}: ")]
+    return [
+        line.removeprefix(f"{label}: ").split(",")[0] for line in output.splitlines() if line.startswith(f"{label}: ")
+    ]

@@ -97,9 +97,18 @@ def test_stages_killed_at_random_moments(workspace, tmp_path):
         for name in ("artifacts", "data", "params.yaml"):
             subprocess.run(["cp", "-al", workspace.root / name, folder / name], check=True)
         named = {stage: CHAIN[stage][0].split("@")[1] for stage in stages}
-        commands = {stage: [f"stages.{stage}", "--variant" if stage == "pack" else "--expert", name] for stage, name in named.items()}
-        calls.write_text(json.dumps({stage: {"folder": str(folder), "command": commands[stage], "out": CHAIN[stage][1]} for stage in stages}))
-        environment = workspace.environment | {"PYTHONPATH": os.pathsep.join([str(workspace.root / "lib"), str(workspace.root)])}
+        commands = {
+            stage: [f"stages.{stage}", "--variant" if stage == "pack" else "--expert", name]
+            for stage, name in named.items()
+        }
+        calls.write_text(
+            json.dumps(
+                {stage: {"folder": str(folder), "command": commands[stage], "out": CHAIN[stage][1]} for stage in stages}
+            )
+        )
+        environment = workspace.environment | {
+            "PYTHONPATH": os.pathsep.join([str(workspace.root / "lib"), str(workspace.root)])
+        }
         command = [sys.executable, ROOT / "tests/pipeline/killed.py", "4", str(seed), calls]
         killers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     counts = {}
@@ -108,7 +117,9 @@ def test_stages_killed_at_random_moments(workspace, tmp_path):
         assert killer.returncode == 0
         counts |= json.loads(output)
     assert set(counts) == set(CHAIN) and all(len(found) == 5 for found in counts.values())
-    assert any(found[i] for found in counts.values() for i in range(4)), "every kill came before the first unit was finished"
+    assert any(found[i] for found in counts.values() for i in range(4)), (
+        "every kill came before the first unit was finished"
+    )
     assert [counts[stage][-1] for stage in ("lowrank", "gptq", "clip", "pack")] == [BLOCKS, BLOCKS, BLOCKS, 0]
 
 
@@ -185,7 +196,10 @@ def test_a_second_writer_is_refused(fresh):
     expected = fresh.hashes()
     with stopped_after_one_block(fresh, "dvc", "repro", "--force", "--single-item", f"gptq@{EXPERT}") as (dvc, process):
         by_hand = fresh.run("stages.gptq", "--expert", EXPERT, code=2)
-        assert by_hand == f"error: .units/gptq@{EXPERT}.lock: another process is running this stage; wait for it or stop it\n"
+        assert (
+            by_hand
+            == f"error: .units/gptq@{EXPERT}.lock: another process is running this stage; wait for it or stop it\n"
+        )
         by_dvc = fresh.run("dvc", "repro", f"gptq@{EXPERT}", code=255)
         assert "is busy, it is being blocked by" in by_dvc
         process.resume()

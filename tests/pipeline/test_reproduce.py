@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from ci.reproduce import accept, copy_sources, hash_differences, metric_differences, pipeline_environment, reference_differences, rerun_differences
+from ci.reproduce import (
+    accept,
+    copy_sources,
+    hash_differences,
+    metric_differences,
+    pipeline_environment,
+    reference_differences,
+    rerun_differences,
+)
 
 TOLERANCE = {"psnr": {"absolute": 0.5}, "layer_error": {"relative": 0.1}, "size_ratio": {}}
-METRICS = {"full": {"psnr": 40.0, "layer_error": {"low_noise": 0.2}, "size_ratio": 0.5}, "bf16": {"psnr": None, "layer_error": {}, "size_ratio": 1.0}}
+METRICS = {
+    "full": {"psnr": 40.0, "layer_error": {"low_noise": 0.2}, "size_ratio": 0.5},
+    "bf16": {"psnr": None, "layer_error": {}, "size_ratio": 1.0},
+}
 
 
 def changed(variant: str, key: str, value) -> dict:
@@ -32,7 +43,9 @@ def test_a_metric_outside_its_tolerance_is_named(metrics, key):
     assert line.startswith(f"metrics.json {key}: ")
 
 
-@pytest.mark.parametrize("metrics", [METRICS, changed("full", "psnr", 39.6), changed("full", "layer_error", {"low_noise": 0.21})])
+@pytest.mark.parametrize(
+    "metrics", [METRICS, changed("full", "psnr", 39.6), changed("full", "layer_error", {"low_noise": 0.21})]
+)
 def test_metrics_within_their_tolerances(metrics):
     assert list(metric_differences(METRICS, metrics, TOLERANCE)) == []
 
@@ -72,7 +85,9 @@ def test_a_copy_brings_nothing_that_a_run_made(checkout, tmp_path):
     (checkout / "lib" / "__pycache__").mkdir()
     (checkout / "lib" / "__pycache__" / "old.pyc").touch()
     copy_sources(checkout, tmp_path / "copy")
-    files = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    }
     assert files == {".dvc/config", ".dvc/config.local", ".dvcignore", "dvc.yaml", "params.yaml"}
 
 

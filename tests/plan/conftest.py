@@ -13,7 +13,11 @@ from stepquant.profiles import read_profiles
 
 SHAPE = Shape(blocks=2, width=256, ffn=512, heads=2, text_dim=128)
 CALLS = Calls(calibration=2, validation=1, heldout=1, steps=4, frames=2, height=8, width=8, text=32)
-PARAMS = {"capture": {"search_tokens": 40, "heldout_tokens": 1000}, "smooth": {"candidates": [0.5, 0.6]}, "gptq": {"refits": 1}}
+PARAMS = {
+    "capture": {"search_tokens": 40, "heldout_tokens": 1000},
+    "smooth": {"candidates": [0.5, 0.6]},
+    "gptq": {"refits": 1},
+}
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +42,7 @@ def run(stage: str, **arguments: str) -> None:
 def real(tmp_path, monkeypatch):
     """The profile of the real model with all steps, in a folder where nothing else is."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null"))
+    (tmp_path / "params.yaml").write_text(
+        read_profiles()["wan2.2-i2v-a14b"].replace("steps_per_bin: 2", "steps_per_bin: null")
+    )
     return make_workload(tmp_path / "params.yaml")

@@ -7,7 +7,9 @@ from stepquant.plan import costs
 from stepquant.plan.rates import GPUS
 
 # A machine that does one operation a second and moves bytes in no time: seconds are operations.
-SLOW = replace(GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, per_weight=0, disk=float("inf"), hash=float("inf"))
+SLOW = replace(
+    GPUS["h100"], bf16=1, moments=1, fp32=1, column_seconds=0, per_weight=0, disk=float("inf"), hash=float("inf")
+)
 
 
 def site(expert, name):
@@ -35,12 +37,18 @@ def test_operations_of_the_factor_stages(real):
     for s in high.sites:
         rows = 512 if s.name == "attn2.kv" else 3 * 512
         thin = 10 * 2 * (32 + 10)  # ten products with 42 columns
-        lowrank += (5 + 1.5) * 2 * rows * s.weights + (3 + 1) * thin * s.weights  # the gradient step is scored on half of the tokens
+        lowrank += (5 + 1.5) * 2 * rows * s.weights + (
+            3 + 1
+        ) * thin * s.weights  # the gradient step is scored on half of the tokens
         refit = 2 * (32 + 10) * (4 * s.weights + 3 * s.K**2)
         part = 256 * s.K
         aimed = 2 / 3 * s.K**3 + 2 * part * (s.K + 1024)
-        trial = aimed + part * s.K + 2 * (32 + 10) * (4 * part + 3 * s.K**2) + 2 * 2 * (rows if s.per_bin else 512) * part
-        gptq += 2.4 * trial + 2 * s.weights * (s.K + 1024) + 3 * s.weights * s.K + 4 * refit  # the first branch is a fit as well
+        trial = (
+            aimed + part * s.K + 2 * (32 + 10) * (4 * part + 3 * s.K**2) + 2 * 2 * (rows if s.per_bin else 512) * part
+        )
+        gptq += (
+            2.4 * trial + 2 * s.weights * (s.K + 1024) + 3 * s.weights * s.K + 4 * refit
+        )  # the first branch is a fit as well
         clip += 7 * 2 * rows * s.weights
     for stage, expected in (("lowrank", lowrank), ("gptq", gptq), ("clip", clip)):
         assert getattr(costs, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
@@ -76,7 +84,9 @@ def test_memory_does_not_grow_with_blocks(real):
 def test_what_goes_to_an_object_store_is_not_on_disk(real):
     """Trajectories and activations, whose names are all that is left here."""
     storage = SimpleNamespace(url="s3://bucket/prefix")
-    remote = replace(real, parameter=lambda section, *expert: storage if section == "storage" else real.parameter(section, *expert))
+    remote = replace(
+        real, parameter=lambda section, *expert: storage if section == "storage" else real.parameter(section, *expert)
+    )
     here, there = ({cost.stage: cost.out for cost in costs.stage_costs(run, SLOW)} for run in (real, remote))
     moved = {"trajectories", "capture@high_noise", "capture@low_noise"}
     assert all(here[stage] > 1e9 for stage in moved)

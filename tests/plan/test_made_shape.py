@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from stepquant.calibration.statistics_files import read_statistics, site_folder
 
 from benchmarks.make_shape import EXPERT, Shape, bin_edges, shards
+from stepquant.calibration.statistics_files import read_statistics, site_folder
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.plan.workload import timesteps
@@ -23,7 +23,9 @@ def test_weights_have_the_tails_of_student_s_t(made):
 @pytest.mark.parametrize("site", WAN_SITES, ids=lambda site: site.name)
 def test_every_site_has_outlier_channels(made, site):
     for block in (0, 1):
-        hessian = read_statistics(site_folder(made / f"artifacts/activations/{EXPERT}.zarr", block, site.name), "cpu").hessian
+        hessian = read_statistics(
+            site_folder(made / f"artifacts/activations/{EXPERT}.zarr", block, site.name), "cpu"
+        ).hessian
         size = hessian.diagonal().sqrt()
         assert size.max() > 3 * size.median()  # of 256 channels one is an outlier, of 5,120 there are 25
 
@@ -31,8 +33,12 @@ def test_every_site_has_outlier_channels(made, site):
 def test_a_shard_per_block_and_one_for_the_rest(made):
     folder = made / "model/transformer"
     places = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
-    assert {places[key] for key in places if key.startswith("blocks.1.")} == {"diffusion_pytorch_model-00002-of-00003.safetensors"}
-    assert {places[key] for key in places if not key.startswith("blocks.")} == {"diffusion_pytorch_model-00003-of-00003.safetensors"}
+    assert {places[key] for key in places if key.startswith("blocks.1.")} == {
+        "diffusion_pytorch_model-00002-of-00003.safetensors"
+    }
+    assert {places[key] for key in places if not key.startswith("blocks.")} == {
+        "diffusion_pytorch_model-00003-of-00003.safetensors"
+    }
 
 
 def test_the_seed_decides():

@@ -31,7 +31,10 @@ def test_a_profile_on_the_usual_machines(folder):
     result = invoke("--profile", "wan2.2-i2v-a14b")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "high_noise: 40 blocks, 28.6 GB in BF16, 8.3 GB packed; steps per bin 5/5/5, 168 replayed calls of 32760 tokens"
+    assert (
+        lines[0]
+        == "high_noise: 40 blocks, 28.6 GB in BF16, 8.3 GB packed; steps per bin 5/5/5, 168 replayed calls of 32760 tokens"
+    )
     for title in ("1 x 24 GB (RTX 4090)", "1 x 80 GB (H100 SXM)", "8 x 80 GB (H100 SXM)"):
         assert any(line.startswith(title) for line in lines)
     assert list(folder.iterdir()) == []
@@ -49,7 +52,10 @@ def test_params_of_a_made_shape_on_this_machine(made, monkeypatch):
     [
         (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.2-i2v-a14b"),
         (["--profile", "demo"], "model.source: data/models/wan22-mini is neither a local folder nor known here"),
-        (["--profile", "wan2.2-i2v-a14b", "--machine", "abacus"], "--machine abacus; allowed: cpu, rtx4090, a100, h100, 8xh100"),
+        (
+            ["--profile", "wan2.2-i2v-a14b", "--machine", "abacus"],
+            "--machine abacus; allowed: cpu, rtx4090, a100, h100, 8xh100",
+        ),
         ([], "params.yaml: no such file"),
     ],
 )
@@ -83,9 +89,14 @@ def test_a_bin_without_steps(folder):
     text = read_profiles()["wan2.2-i2v-a14b"]
     Path("params.yaml").write_text(text.replace("[1000, 975, 940, 900]", "[1000, 999, 998, 900]"))
     found = list(table.calibration_warnings(make_workload(Path("params.yaml"))))
-    assert found[0] == "bins.high_noise: no sampling step has t in bin 1; name fewer or wider bins, or raise sampling.steps"
+    assert (
+        found[0]
+        == "bins.high_noise: no sampling step has t in bin 1; name fewer or wider bins, or raise sampling.steps"
+    )
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "1 h 00 min"), (3725, "1 h 02 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "1 h 00 min"), (3725, "1 h 02 min")]
+)
 def test_durations(seconds, text):
     assert table.duration(seconds) == text

@@ -17,7 +17,9 @@ NAMES = ("trajectories.zarr", "activations", "lowrank", "residual", "clip", "che
 def compare(root: Path, name: str, monkeypatch) -> None:
     """Predicted against found bytes and files of the artifacts of one kind below a folder."""
     monkeypatch.chdir(root)
-    sizes = {path: size for path, size in artifact_sizes(make_workload(Path("params.yaml"))).items() if path.startswith(name)}
+    sizes = {
+        path: size for path, size in artifact_sizes(make_workload(Path("params.yaml"))).items() if path.startswith(name)
+    }
     assert sizes
     for path, size in sizes.items():
         files = [file for file in (root / "artifacts" / path).rglob("*") if file.is_file()]
@@ -37,9 +39,16 @@ def test_artifacts_of_the_tiny_pipeline(workspace, name, monkeypatch):
 
 
 def test_a_safetensors_file_to_the_byte(tmp_path):
-    tensors = {"site.proj_up": torch.zeros(48, 16).bfloat16(), "site.scales": torch.zeros(48, 2), "site.rotation": torch.tensor(64)}
+    tensors = {
+        "site.proj_up": torch.zeros(48, 16).bfloat16(),
+        "site.scales": torch.zeros(48, 2),
+        "site.rotation": torch.tensor(64),
+    }
     save_file(tensors, tmp_path / "file.safetensors")
-    assert safetensors_bytes({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}) == (tmp_path / "file.safetensors").stat().st_size
+    assert (
+        safetensors_bytes({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        == (tmp_path / "file.safetensors").stat().st_size
+    )
 
 
 def test_the_real_model(tmp_path, monkeypatch):
@@ -50,9 +59,15 @@ def test_the_real_model(tmp_path, monkeypatch):
     run = make_workload(Path("params.yaml"))
     high, _ = run.experts
     branch = 40 * 32 * 2 * sum(site.K * len(site.linears) + site.N for site in high.sites)
-    assert packed_expert(run, high).bytes == pytest.approx(14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes, rel=0.002)
+    assert packed_expert(run, high).bytes == pytest.approx(
+        14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes, rel=0.002
+    )
     assert hidden_states(run, high).bytes == 2 * 168 * 32760 * 5120 * 2
-    assert shard_sums(run, high).bytes == 2 * 10 * 2 * 4 * (6 * 5120**2 + 13824**2)  # ten blocks, 96 calibration calls in shards of 48
+    assert shard_sums(run, high).bytes == 2 * 10 * 2 * 4 * (
+        6 * 5120**2 + 13824**2
+    )  # ten blocks, 96 calibration calls in shards of 48
     sizes = artifact_sizes(run)
     assert max(size.files for size in sizes.values()) < 2000
-    assert sum(sizes[f"activations/{expert.name}.zarr"].bytes for expert in run.experts) == pytest.approx(2 * 70.95e9, rel=0.01)
+    assert sum(sizes[f"activations/{expert.name}.zarr"].bytes for expert in run.experts) == pytest.approx(
+        2 * 70.95e9, rel=0.01
+    )

@@ -13,7 +13,9 @@ def _make_layer(seed: int, rows: int, channels: int, tokens: int) -> tuple[Tenso
         return torch.randn(*shape, generator=generator)
 
     W = randn(rows, channels) / channels**0.5 + 0.3 * randn(rows, 4) @ randn(4, channels) / channels**0.5
-    x = randn(tokens, channels // 4) @ randn(channels // 4, channels) / (channels // 4) ** 0.5 + 0.5 * randn(tokens, channels)
+    x = randn(tokens, channels // 4) @ randn(channels // 4, channels) / (channels // 4) ** 0.5 + 0.5 * randn(
+        tokens, channels
+    )
     x = x * (0.5 * randn(channels)).exp()
     x[:, [3, channels // 2]] *= 30
     return W, x

@@ -6,10 +6,24 @@ import pytest
 import torch
 
 from stepquant.formats import get_format
-from stepquant.quantize.alternate import initial_branch, make_problem, refit_branch, rounded_by_gptq, select_rows, with_damping
+from stepquant.quantize.alternate import (
+    initial_branch,
+    make_problem,
+    refit_branch,
+    rounded_by_gptq,
+    select_rows,
+    with_damping,
+)
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch, weighted_low_rank_factors
-from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme, dequantized_weight, layer_output, relative_error, rounding_noise
+from stepquant.quantize.quantized_layer import (
+    QuantizedLayer,
+    QuantScheme,
+    dequantized_weight,
+    layer_output,
+    relative_error,
+    rounding_noise,
+)
 from stepquant.quantize.smooth import smoothing_factor
 from stepquant.quantize.transform import InputTransform
 from stepquant.quantize.weight_scales import scales_by_error
@@ -88,7 +102,9 @@ def test_refitting_lowers_the_held_out_error(case, name, rotation):
     before = rounded(problem, branch_of(W, smooth), name)
     after = refit_branch(problem, before, seed=0)
     again = refit_branch(problem, rounded(problem, (after.proj_down, after.proj_up), name), seed=0)
-    errors = [relative_error(layer_output(held_out, layer, 1.0, 0), reference).item() for layer in (before, after, again)]
+    errors = [
+        relative_error(layer_output(held_out, layer, 1.0, 0), reference).item() for layer in (before, after, again)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert torch.equal(after.codes, before.codes)
 
@@ -168,8 +184,13 @@ def test_codes_are_aimed_at_the_noise(case, noisy, name):
     W, _, H, smooth, held_out, reference = case
     problem, *_ = noisy
     exact, errors = problem_of(W, H, problem.transform), []
-    for posed, branch in ((exact, branch_of(W, smooth)), (problem, initial_branch(problem, 8, seed=0, start=branch_of(W, smooth)[1]))):
-        errors.append(relative_error(layer_output(held_out, rounded(posed, branch, name, "int4"), 1.0, 0), reference).item())
+    for posed, branch in (
+        (exact, branch_of(W, smooth)),
+        (problem, initial_branch(problem, 8, seed=0, start=branch_of(W, smooth)[1])),
+    ):
+        errors.append(
+            relative_error(layer_output(held_out, rounded(posed, branch, name, "int4"), 1.0, 0), reference).item()
+        )
     assert errors[1] < errors[0]
 
 
@@ -177,7 +198,9 @@ def test_the_branch_is_refitted_in_the_moments_as_they_were_damped(noisy):
     """H with 0.01 of the mean diagonal of H + D on its diagonal, as in the factor."""
     problem, _, H, _ = noisy
     thin = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(problem.times_hessian(thin).double(), H @ thin.double(), rtol=0, atol=1e-5 * H.abs().max().item())
+    torch.testing.assert_close(
+        problem.times_hessian(thin).double(), H @ thin.double(), rtol=0, atol=1e-5 * H.abs().max().item()
+    )
 
 
 def test_some_rows_are_rounded_as_all_of_them_are(noisy, case):
@@ -189,8 +212,9 @@ def test_some_rows_are_rounded_as_all_of_them_are(noisy, case):
 
 def test_another_damping_is_another_pose(noisy):
     problem = noisy[0]
-    again, expected = with_damping(problem, 0.5, act_order=True), make_problem(
-        problem.W, problem.transform, problem.hessian, problem.noise, damping=0.5, act_order=True
+    again, expected = (
+        with_damping(problem, 0.5, act_order=True),
+        make_problem(problem.W, problem.transform, problem.hessian, problem.noise, damping=0.5, act_order=True),
     )
     assert torch.equal(again.target, expected.target) and torch.equal(again.factor.U, expected.factor.U)
     assert (again.factor.damping, again.factor.ridge) == (0.5, expected.factor.ridge)
@@ -202,4 +226,7 @@ def test_without_noise_the_target_is_the_weight(case):
     problem = problem_of(W, H, transform)
     assert torch.equal(problem.target, W * smooth.float())
     layer = rounded(problem, branch_of(W, smooth), "int4")
-    assert torch.equal(dequantized_weight(layer), dequantized_weight(rounded(problem_of(W, H, transform, torch.zeros(128)), branch_of(W, smooth), "int4")))
+    assert torch.equal(
+        dequantized_weight(layer),
+        dequantized_weight(rounded(problem_of(W, H, transform, torch.zeros(128)), branch_of(W, smooth), "int4")),
+    )

@@ -21,7 +21,9 @@ DAMPINGS = [0.0003, 0.005, 0.1]
 def posed(W, x, damping=DAMPINGS[0]):
     """A layer under the second moments of tokens x, aimed at int4 inputs."""
     transform = InputTransform.smoothing(torch.ones(W.shape[1], dtype=torch.bfloat16))
-    return make_problem(W, transform, x.T @ x / len(x), rounding_noise([x], transform, scheme("int4")), damping=damping, act_order=True)
+    return make_problem(
+        W, transform, x.T @ x / len(x), rounding_noise([x], transform, scheme("int4")), damping=damping, act_order=True
+    )
 
 
 def error_on(tokens, W):
@@ -53,7 +55,9 @@ def layer(make_layer):
 )
 def test_the_search_goes_up_as_long_as_error_falls(layer, errors, chosen, tried):
     by_damping = dict(zip(DAMPINGS, errors))
-    found, seen = search_damping(posed(*layer), DAMPINGS, lambda problem: by_damping[problem.factor.damping], act_order=True)
+    found, seen = search_damping(
+        posed(*layer), DAMPINGS, lambda problem: by_damping[problem.factor.damping], act_order=True
+    )
     assert found.factor.damping == DAMPINGS[chosen]
     assert seen == errors[:tried]
 

@@ -14,7 +14,9 @@ FORMATS = ["int4", "mxfp4", "nvfp4"]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def rounded(W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, column_block: int = 128) -> SimpleNamespace:
+def rounded(
+    W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, column_block: int = 128
+) -> SimpleNamespace:
     """Codes, and what the factorization of H says of itself."""
     factor = inverse_factor(H, damping=damping, act_order=act_order)
     codes = gptq(W, factor, scales, fmt, column_block=column_block)
@@ -76,7 +78,8 @@ def test_block_size_changes_nothing(layer, column_block, act_order):
     fmt = get_format("nvfp4")
     scales = weight_scales(fmt, W, rounding="ceil")
     one, two = (
-        rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, column_block=size).codes for size in (16, column_block)
+        rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order, column_block=size).codes
+        for size in (16, column_block)
     )
     assert torch.equal(one, two)
 

@@ -30,7 +30,9 @@ def test_an_outlier_is_spread_over_its_block_alone():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_layer_without_quantization_is_unchanged(layer, block):
     W, x = layer
-    torch.testing.assert_close(rotate(x, block).double() @ rotate(W, block).double().T, x.double() @ W.double().T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        rotate(x, block).double() @ rotate(W, block).double().T, x.double() @ W.double().T, rtol=0, atol=1e-4
+    )
 
 
 def test_block_zero_is_no_rotation(layer):

@@ -66,7 +66,9 @@ def test_without_quantization_nothing_changes(layer, alpha, beta):
 def test_full_rank_layer_is_exact_up_to_bfloat16(layer, name):
     """With rank = full width the branch is the layer; 4-bit codes only see what bfloat16 lost (under 1 %)."""
     W, x = layer
-    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, scheme=scheme(name))
+    factors = nearest_factors(
+        W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, scheme=scheme(name)
+    )
     reference = x @ W.T
     assert relative_error(low_rank_path(x, factors), reference) < 0.01
     assert relative_error(layer_output(x, factors, 1.0, 0), reference) < 0.003
@@ -102,7 +104,9 @@ def test_search_takes_the_smallest_error(layer):
     assert found.rotation_errors[0] == min(found.errors)
     assert (found.alpha, found.beta) == CANDIDATES[found.errors.index(min(found.errors))]
     assert found.transform.rotation == ROTATIONS[found.rotation_errors.index(min(found.rotation_errors))]
-    assert torch.equal(found.transform.smooth, smoothing_factor(x.std(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta))
+    assert torch.equal(
+        found.transform.smooth, smoothing_factor(x.std(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta)
+    )
     assert torch.equal(found.transform.mean, x.mean(0).bfloat16())
     factors = nearest_factors(W, found.transform, rank=8, seed=0, scheme=scheme("int4"))
     assert torch.equal(factors.proj_down, found.proj_down) and torch.equal(factors.proj_up, found.proj_up)
@@ -111,8 +115,12 @@ def test_search_takes_the_smallest_error(layer):
 
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
 def test_another_candidate_never_raises_the_score(layer, name):
-    more_exponents = [min(search(layer, CANDIDATES[:n], [0], name).rotation_errors) for n in range(1, len(CANDIDATES) + 1)]
-    more_rotations = [min(search(layer, CANDIDATES[:2], ROTATIONS[:n], name).rotation_errors) for n in range(1, len(ROTATIONS) + 1)]
+    more_exponents = [
+        min(search(layer, CANDIDATES[:n], [0], name).rotation_errors) for n in range(1, len(CANDIDATES) + 1)
+    ]
+    more_rotations = [
+        min(search(layer, CANDIDATES[:2], ROTATIONS[:n], name).rotation_errors) for n in range(1, len(ROTATIONS) + 1)
+    ]
     for scores in (more_exponents, more_rotations):
         assert scores == sorted(scores, reverse=True)
 
@@ -121,5 +129,7 @@ def test_unquantized_activations(layer):
     W, x = layer
     fmt = get_format("int4")
     w4a16 = QuantScheme(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
-    factors = nearest_factors(W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, scheme=w4a16)
+    factors = nearest_factors(
+        W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, scheme=w4a16
+    )
     torch.testing.assert_close(quantized_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)

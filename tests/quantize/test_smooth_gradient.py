@@ -24,7 +24,9 @@ def case(make_layer):
 
     def found(name: str, rotation: int = 0):
         magnitude = search.square().mean(0).sqrt()
-        return search_transform(W, search, magnitude, nothing, [(0.5, 0.5)], [rotation], rank=8, seed=0, scheme=scheme(name))
+        return search_transform(
+            W, search, magnitude, nothing, [(0.5, 0.5)], [rotation], rank=8, seed=0, scheme=scheme(name)
+        )
 
     return W, search, held_out, found
 
@@ -43,7 +45,9 @@ def test_the_expected_noise_falls(case, group, rotation):
     before = found("int4", rotation).transform
     smooth = descend_smoothing(W, search, before, group, steps=30)
     assert smooth.dtype == torch.bfloat16
-    assert expected_noise(W, held_out, replace(before, smooth=smooth), group) < 0.99 * expected_noise(W, held_out, before, group)
+    assert expected_noise(W, held_out, replace(before, smooth=smooth), group) < 0.99 * expected_noise(
+        W, held_out, before, group
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -53,7 +57,9 @@ def test_the_held_out_error_falls(case, name):
     after = refine_smoothing(W, search[:512], search[512:], before, steps=30, rank=8, seed=0, scheme=scheme(name))
     errors = []
     for search_result in (before, after):
-        layer = round_to_nearest(W, search_result.transform, search_result.proj_down, search_result.proj_up, scheme(name))
+        layer = round_to_nearest(
+            W, search_result.transform, search_result.proj_down, search_result.proj_up, scheme(name)
+        )
         errors.append(relative_error(layer_output(held_out, layer, 1.0, 0), held_out @ W.T).item())
     assert errors[1] < errors[0]
     assert after.learned and not before.learned
@@ -85,4 +91,6 @@ def test_no_steps_change_nothing(case):
 def test_same_input_same_bits(case):
     W, search, _, found = case
     before: InputTransform = found("int4", 64).transform
-    assert torch.equal(descend_smoothing(W, search, before, 64, steps=5), descend_smoothing(W, search, before, 64, steps=5))
+    assert torch.equal(
+        descend_smoothing(W, search, before, 64, steps=5), descend_smoothing(W, search, before, 64, steps=5)
+    )

@@ -39,7 +39,9 @@ def test_moments_are_those_of_the_transformed_input(layer, rotation):
     transform = InputTransform(smoothing_of(W, x), mean, rotation)
     centered, z = x - mean.float(), transform.apply(x)
     expected = z.T @ z
-    torch.testing.assert_close(transform.hessian(centered.T @ centered), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        transform.hessian(centered.T @ centered), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -64,5 +66,7 @@ def test_centring_pays_where_channels_have_means(layer, name):
 def test_rotation_pays_for_int4(layer):
     W, x = layer
     smooth = smoothing_of(W, x[:256])
-    plain, rotated = (held_out_error(W, x[256:], InputTransform(smooth, torch.zeros_like(smooth), block), "int4") for block in (0, 64))
+    plain, rotated = (
+        held_out_error(W, x[256:], InputTransform(smooth, torch.zeros_like(smooth), block), "int4") for block in (0, 64)
+    )
     assert rotated < 0.9 * plain

@@ -9,7 +9,14 @@ from PIL import Image
 
 from stepquant.errors import UserError
 from stepquant.evaluate.layers import LayerError
-from stepquant.evaluate.metrics_file import FormatPair, Record, measure_video, memory, summarize_layers, summarize_videos
+from stepquant.evaluate.metrics_file import (
+    FormatPair,
+    Record,
+    measure_video,
+    memory,
+    summarize_layers,
+    summarize_videos,
+)
 from stepquant.evaluate.summary import Bootstrap
 from stepquant.report.page import GALLERY_WIDTH, GalleryRow, write_report
 from stepquant.report.plots import ClipRatio
@@ -19,7 +26,11 @@ BOOTSTRAP = Bootstrap(samples=50, confidence=0.9, seed=0)
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 VIDEOS = {variant: np.roll(IMAGE, i, axis=0)[None].repeat(3, axis=0) for i, variant in enumerate(VARIANTS)}
 CLIPS = [ClipRatio("low_noise", 0, "ffn.up", 0, 0.9)]
-PARAMS = {"format": {"weight": "int4", "activation": "int4"}, "clip": {"ratios": [0.8, 1.0]}, "model": {"revision": None}}
+PARAMS = {
+    "format": {"weight": "int4", "activation": "int4"},
+    "clip": {"ratios": [0.8, 1.0]},
+    "model": {"revision": None},
+}
 VOID = {"meta", "img", "br", "link", "hr"}
 
 
@@ -82,10 +93,13 @@ def test_the_page_shows_every_variant_everywhere(tmp_path):
     page = Page(write(tmp_path).read_text())
     heads = [text for text in page.text if text in VARIANTS]
     assert all(heads.count(variant) >= 3 for variant in VARIANTS)  # summary, explanation, gallery
-    assert {f"Video by {variant}: a <b>bold</b> crab" for variant in VARIANTS} <= {img["alt"] for img in page.all("img")}
+    assert {f"Video by {variant}: a <b>bold</b> crab" for variant in VARIANTS} <= {
+        img["alt"] for img in page.all("img")
+    }
     said = "".join(page.text)
     assert all(
-        word in said for word in ("Wan & friends", "data/models/mini", "a <b>bold</b> crab", "python -m stages.evaluate")
+        word in said
+        for word in ("Wan & friends", "data/models/mini", "a <b>bold</b> crab", "python -m stages.evaluate")
     )
     assert all(key in said for key in ("format.weight", "clip.ratios", "0.8, 1.0", "model.revision"))
 
@@ -134,7 +148,10 @@ def test_written_twice_it_is_the_same_bytes(tmp_path):
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
     assert {p.name for p in files[0]} == {
         "index.html",
-        *(f"{name}.svg" for name in ("psnr_by_variant", "psnr_by_frame", "error_by_bin", "error_by_site", "clip_table")),
+        *(
+            f"{name}.svg"
+            for name in ("psnr_by_variant", "psnr_by_frame", "error_by_bin", "error_by_site", "clip_table")
+        ),
     }
 
 

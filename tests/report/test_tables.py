@@ -22,7 +22,12 @@ def record(variant: str, psnr: float | None, error: float | None, activation: st
     difference = psnr and Estimate(mean=-0.02, low=-0.03, high=0.01)
     compared = Compared(mean=0.9, low=0.8, high=1.0, difference=difference)
     one = VideoMetrics(
-        psnr=psnr, psnr_frames=psnr and [psnr], ssim=psnr and 0.5, first_frame_psnr=0.9, temporal_flickering=0.9, motion=0.9
+        psnr=psnr,
+        psnr_frames=psnr and [psnr],
+        ssim=psnr and 0.5,
+        first_frame_psnr=0.9,
+        temporal_flickering=0.9,
+        motion=0.9,
     )
     errors = (
         [LayerError(e, 0, s, 0, error) for e in ("low_noise", "high_noise") for s in ("ffn.up", "attn1.qkv")]
@@ -67,7 +72,12 @@ def test_a_row_per_variant_in_the_order_given():
 
 def test_what_cells_say():
     table = summary_table(RECORDS)
-    assert [cell.text for cell in column(table, "formats W/A")] == ["bf16/bf16", "nvfp4/bf16", "nvfp4/nvfp4", "nvfp4/nvfp4"]
+    assert [cell.text for cell in column(table, "formats W/A")] == [
+        "bf16/bf16",
+        "nvfp4/bf16",
+        "nvfp4/nvfp4",
+        "nvfp4/nvfp4",
+    ]
     assert [cell.text for cell in column(table, "of BF16")] == ["100%", "25%", "25%", "25%"]
     assert [cell.text for cell in column(table, "PSNR, dB")] == [NONE, "50.0", "20.0", "30.0"]
     assert column(table, "PSNR, dB")[2].note == "[19.0, 20.0]"
@@ -137,6 +147,8 @@ def test_the_brief_table_fits_a_terminal_of_80_characters():
     ]
 
 
-@pytest.mark.parametrize("count, text", [(1_234_567, "1.23 MB"), (999_999_999, "1000.00 MB"), (14_300_000_000, "14.30 GB")])
+@pytest.mark.parametrize(
+    "count, text", [(1_234_567, "1.23 MB"), (999_999_999, "1000.00 MB"), (14_300_000_000, "14.30 GB")]
+)
 def test_sizes(count, text):
     assert size(count) == text

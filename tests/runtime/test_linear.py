@@ -20,7 +20,9 @@ SIGNED_INT4 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, 
 
 
 def make_linear(weight, activation, rank=R, rounding="ceil", bias=True, mean_subtraction=False, rotation=0):
-    settings = QuantizationSettings(weight, activation, rounding, rank, mean_subtraction, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    settings = QuantizationSettings(
+        weight, activation, rounding, rank, mean_subtraction, {}, (1000.0, 900.0, 600.0, 0.0), ("a",)
+    )
     linear = W4A4Linear(K, N, bias, settings, device="cpu", rotation=rotation)
     g = torch.Generator().manual_seed(1)
     linear.qweight.copy_(torch.randint(-128, 128, (N, K // 2), generator=g))
@@ -75,7 +77,9 @@ def activation_by_hand(x, fmt, ratio, offset, rounding):
                 grid = torch.arange(-8.0, 8.0)
             else:
                 if fmt == "mxfp4":
-                    exponent = torch.floor(torch.log2(amax)) - 2 if rounding == "floor" else torch.ceil(torch.log2(amax / 6))
+                    exponent = (
+                        torch.floor(torch.log2(amax)) - 2 if rounding == "floor" else torch.ceil(torch.log2(amax / 6))
+                    )
                     scale = 2.0 ** (exponent + offset)
                 else:
                     scale = (amax / 6).to(torch.float8_e4m3fn).float()
@@ -116,7 +120,10 @@ def test_centred_and_rotated(weight, rotation):
     seen = (x - linear.mean.float()) / linear.smooth_factor.float()
     if rotation:
         seen = seen @ torch.block_diag(*[sylvester(rotation) / rotation**0.5] * (K // rotation))
-    expected = activation_by_hand(seen, weight, RATIOS[0], OFFSETS[0] if weight == "mxfp4" else 0, "ceil") @ weight_by_hand(linear, weight).T
+    expected = (
+        activation_by_hand(seen, weight, RATIOS[0], OFFSETS[0] if weight == "mxfp4" else 0, "ceil")
+        @ weight_by_hand(linear, weight).T
+    )
     expected += linear.bias + x @ linear.proj_down.float() @ linear.proj_up.float().T
     torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
 

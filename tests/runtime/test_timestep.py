@@ -31,7 +31,9 @@ def test_agrees_with_bins(spec):
                 assert index.item() == bins.index(held), held
 
 
-@pytest.mark.parametrize(("t", "expected"), [(999, 0), (951, 0), (950, 1), (926, 1), (925, 2), (900, 2), (1200, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("t", "expected"), [(999, 0), (951, 0), (950, 1), (926, 1), (925, 2), (900, 2), (1200, 0), (3, 2)]
+)
 def test_integer_timesteps_by_hand(t, expected):
     """Edges 1000, 950, 925, 900: bin 0 holds t > 950, bin 1 925 < t <= 950, bin 2 the rest; beyond the ends, the end bins."""
     assert bin_index(torch.tensor([t]), EDGES).item() == expected

@@ -25,8 +25,14 @@ PARAMS = {
     "compute": {"threads": 1},
     "model": {"source": TINY_MODEL},
     "sampling": {
-        "height": 32, "width": 32, "num_frames": 5, "steps": 3, "flow_shift": 4.0, "max_sequence_length": 16,
-        "guidance_scale": 1.0, "guidance_scale_2": 1.0,
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "steps": 3,
+        "flow_shift": 4.0,
+        "max_sequence_length": 16,
+        "guidance_scale": 1.0,
+        "guidance_scale_2": 1.0,
     },
     "trajectories": {"manifest": MANIFEST, "calibration_prompts": 1, "validation_prompts": 1, "heldout_prompts": 1},
     "bins": {"high_noise": 1, "low_noise": 1},
@@ -67,7 +73,9 @@ class Folder:
 
     def artifacts(self) -> dict[str, bytes]:
         """Every file below artifacts/, hidden or not, and hidden folders, which would be leftovers."""
-        found = [path for path in sorted((self.root / "artifacts").rglob("*")) if path.is_file() or path.name.startswith(".")]
+        found = [
+            path for path in sorted((self.root / "artifacts").rglob("*")) if path.is_file() or path.name.startswith(".")
+        ]
         return {str(path): path.read_bytes() if path.is_file() else b"" for path in found}
 
     def unfinished(self) -> list[Path]:

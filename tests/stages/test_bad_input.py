@@ -51,12 +51,18 @@ def test_an_unknown_parameter_of_one_expert(folder, refused):
 def test_a_missing_parameter(folder, refused):
     text = (folder.root / "params.yaml").read_text()
     (folder.root / "params.yaml").write_text(text.replace("  noise: 0.25\n", "", 1))
-    assert refused("gptq", *HIGH) == "params.yaml: gptq.noise: missing; expected the keys scales, refits, noise, dampings, act_order, column_block"
+    assert (
+        refused("gptq", *HIGH)
+        == "params.yaml: gptq.noise: missing; expected the keys scales, refits, noise, dampings, act_order, column_block"
+    )
 
 
 def test_an_expert_or_a_variant_that_is_not_there(refused):
     assert refused("capture", "--expert", "hgih_noise") == "--expert hgih_noise: this model has high_noise, low_noise"
-    assert refused("pack", "--variant", "fulll") == "--variant fulll; allowed: w4a16, rtn, svdquant, svdquant_gptq, one_clip, full"
+    assert (
+        refused("pack", "--variant", "fulll")
+        == "--variant fulll; allowed: w4a16, rtn, svdquant, svdquant_gptq, one_clip, full"
+    )
 
 
 def test_a_device_that_is_not_there(folder, refused):
@@ -91,7 +97,9 @@ def test_a_rank_larger_than_the_layer(folder, refused, key):
     assert message == "lowrank.rank: 257 for high_noise attn1.out, a weight of 256 x 256; allowed: 0 to 256"
 
 
-@pytest.mark.parametrize(("kind", "fmt", "group"), [("weight", "int4", 64), ("activation", "mxfp4", 32), ("weight", "nvfp4", 16)])
+@pytest.mark.parametrize(
+    ("kind", "fmt", "group"), [("weight", "int4", 64), ("activation", "mxfp4", 32), ("weight", "nvfp4", 16)]
+)
 @pytest.mark.parametrize(("stage", "arguments"), [("lowrank", HIGH), ("pack", ("--variant", "rtn"))])
 def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, stage, arguments, kind, fmt, group):
     """1000 = 15 x 64 + 40 = 31 x 32 + 8 = 62 x 16 + 8."""
@@ -101,20 +109,30 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
     folder.set(f"format.{kind}", fmt)
     folder.set(f"format.{other}", fmt)
     message = refused(stage, *arguments)
-    assert message == f"format.weight, high_noise ffn.down: 1000 channels cannot be cut into {fmt} groups; allowed: a multiple of {group}"
+    assert (
+        message
+        == f"format.weight, high_noise ffn.down: 1000 channels cannot be cut into {fmt} groups; allowed: a multiple of {group}"
+    )
 
 
 def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
     folder.set("rotate.hadamard_sizes", [0, 512])
     message = refused("lowrank", *HIGH)
-    assert message == "rotate.hadamard_sizes, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
+    assert (
+        message
+        == "rotate.hadamard_sizes, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
+    )
 
 
 def narrow_feed_forward(expert, size):
     """Cut the inner width of every feed-forward in an expert's folder."""
     config = json.loads((expert / "config.json").read_text())
     (expert / "config.json").write_text(json.dumps(config | {"ffn_dim": size}))
-    cuts = {"net.0.proj.weight": (slice(size),), "net.0.proj.bias": (slice(size),), "net.2.weight": (slice(None), slice(size))}
+    cuts = {
+        "net.0.proj.weight": (slice(size),),
+        "net.0.proj.bias": (slice(size),),
+        "net.2.weight": (slice(None), slice(size)),
+    }
     tensors = load_file(expert / WEIGHTS)
     for key in tensors:
         for end, cut in cuts.items():
@@ -136,7 +154,9 @@ def spoil(file, how):
     if how == "missing":
         return f"{file.parent}: no weights; expected "
     torch.save({"x": torch.zeros(1)}, file.with_suffix(".bin"))
-    return f"{file.parent}: found only pickled weights ({file.stem}.bin), which can run code; convert them to safetensors"
+    return (
+        f"{file.parent}: found only pickled weights ({file.stem}.bin), which can run code; convert them to safetensors"
+    )
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "pickled"])
@@ -148,7 +168,10 @@ def test_weights_that_are_missing_truncated_or_pickled(folder, refused, componen
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "pickled"])
-@pytest.mark.parametrize(("stage", "arguments"), [("trajectories", ()), ("capture", HIGH), ("lowrank", HIGH), ("generate", ("--variant", "bf16"))])
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [("trajectories", ()), ("capture", HIGH), ("lowrank", HIGH), ("generate", ("--variant", "bf16"))],
+)
 def test_weights_that_broke_after_they_were_described(folder, refused, stage, arguments, how):
     shutil.rmtree(folder.root / ".units")
     expected = spoil((folder.root / TINY_MODEL / "transformer" / WEIGHTS).relative_to(folder.root), how)
@@ -158,7 +181,10 @@ def test_weights_that_broke_after_they_were_described(folder, refused, stage, ar
 def test_a_source_that_is_not_there(folder, refused):
     folder.set("model.source", "data/models/wan/mini")
     message = refused("model")
-    assert message == "model.source: data/models/wan/mini has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+    assert (
+        message
+        == "model.source: data/models/wan/mini has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+    )
 
 
 # Manifests
@@ -171,7 +197,9 @@ def edit_rows(folder, function):
     path.write_text("".join(json.dumps(row) + "\n" for row in function(rows)))
 
 
-SAMPLING_STAGES = pytest.mark.parametrize(("stage", "arguments"), [("trajectories", ()), ("generate", ("--variant", "bf16"))])
+SAMPLING_STAGES = pytest.mark.parametrize(
+    ("stage", "arguments"), [("trajectories", ()), ("generate", ("--variant", "bf16"))]
+)
 
 
 @SAMPLING_STAGES
@@ -185,7 +213,10 @@ def test_an_image_that_is_no_image(folder, refused, stage, arguments):
 def test_a_path_that_leaves_the_manifest_s_folder(folder, refused, stage, arguments):
     shutil.copyfile(next((folder.root / MANIFEST).parent.glob("images/*.png")), folder.root / "data/outside.png")
     edit_rows(folder, lambda rows: rows[:2] + [rows[2] | {"image": "../outside.png"}])
-    assert refused(stage, *arguments) == f"{MANIFEST}:3: image '../outside.png' leaves the manifest's folder; allowed: paths inside data/prompts"
+    assert (
+        refused(stage, *arguments)
+        == f"{MANIFEST}:3: image '../outside.png' leaves the manifest's folder; allowed: paths inside data/prompts"
+    )
 
 
 @SAMPLING_STAGES
@@ -217,7 +248,9 @@ def test_nan_in_a_calibration_activation(folder, refused, bad):
     shutil.rmtree(folder.root / ".units/capture@high_noise")
     message = refused("capture", *HIGH)
     place = r"high_noise block 1 ffn\.down \(prompt calibration_0\d, t = 999\)"
-    assert re.fullmatch(place + ": NaN or Inf in a calibration activation; check the model, or use another compute.dtype", message)
+    assert re.fullmatch(
+        place + ": NaN or Inf in a calibration activation; check the model, or use another compute.dtype", message
+    )
 
 
 def test_nan_in_what_the_pipeline_gives_its_denoiser(folder, refused):
@@ -227,7 +260,9 @@ def test_nan_in_what_the_pipeline_gives_its_denoiser(folder, refused):
     tensors[norm][0] = float("nan")
     save_file(tensors, file)
     shutil.rmtree(folder.root / ".units/trajectories")
-    assert refused("trajectories").startswith("prompt calibration_00: the pipeline gave its denoiser embeddings with NaN or Inf; ")
+    assert refused("trajectories").startswith(
+        "prompt calibration_00: the pipeline gave its denoiser embeddings with NaN or Inf; "
+    )
 
 
 # The disk
@@ -267,7 +302,10 @@ def test_a_full_disk_while_factors_are_written(folder, refused, monkeypatch):
 
     monkeypatch.setattr(_blocks, "save_file", full)
     message = refused("lowrank", *HIGH)
-    assert message == f"a file below {folder.root}: No space left on device; free space or make the folder writable, then run the same command again"
+    assert (
+        message
+        == f"a file below {folder.root}: No space left on device; free space or make the folder writable, then run the same command again"
+    )
 
 
 def test_a_full_disk_while_units_are_gathered(folder, refused, disk):
@@ -290,7 +328,14 @@ READ_ONLY = "Read-only file system; free space or make the folder writable, then
 
 @pytest.mark.parametrize(
     ("stage", "arguments"),
-    [("model", ()), ("trajectories", ()), ("capture", HIGH), ("lowrank", HIGH), ("pack", ("--variant", "rtn")), ("generate", ("--variant", "bf16"))],
+    [
+        ("model", ()),
+        ("trajectories", ()),
+        ("capture", HIGH),
+        ("lowrank", HIGH),
+        ("pack", ("--variant", "rtn")),
+        ("generate", ("--variant", "bf16")),
+    ],
 )
 def test_a_read_only_artifacts_folder(refused, disk, stage, arguments):
     disk.refuse(errno.EROFS, "artifacts*")

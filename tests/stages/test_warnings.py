@@ -10,5 +10,13 @@ def test_few_tokens_per_column_are_warned_of(folder):
     assert result.exit_code == 0
     warnings = [line for line in result.output.splitlines() if "tokens per column" in line]
     remedy = "calibration tokens per column, fewer than 4; raise trajectories.calibration_prompts"
-    sites = {"attn1.qkv": 0.1, "attn1.out": 0.1, "attn2.q": 0.1, "attn2.kv": 0.1, "attn2.out": 0.1, "ffn.up": 0.1, "ffn.down": 0.0}
+    sites = {
+        "attn1.qkv": 0.1,
+        "attn1.out": 0.1,
+        "attn2.q": 0.1,
+        "attn2.kv": 0.1,
+        "attn2.out": 0.1,
+        "ffn.up": 0.1,
+        "ffn.down": 0.0,
+    }
     assert warnings == [f"warning: gptq@high_noise {site}: {tokens} {remedy}" for site, tokens in sites.items()]

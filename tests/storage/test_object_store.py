@@ -75,7 +75,9 @@ def test_an_object_that_is_gone_is_missed(server, block):
 def test_a_store_that_refuses_leaves_no_pointer(server, block):
     server.refuses = True
     before = file_digests(block)
-    with pytest.raises(UserError, match="s3://bucket/.*check the address, the credentials in the environment and the network"):
+    with pytest.raises(
+        UserError, match="s3://bucket/.*check the address, the credentials in the environment and the network"
+    ):
         object_store.move(block, "s3://bucket")
     assert file_digests(block) == before
 

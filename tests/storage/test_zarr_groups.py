@@ -82,7 +82,9 @@ def test_the_completion_marker_comes_last(tmp_path, tensors):
 
     with pytest.raises(OSError, match="full"):
         write_group(tmp_path / "group", tensors | {"last": Broken()}, {"tokens": [1]})
-    assert refusal(open_group, tmp_path / "group").endswith("group: this Zarr group was never finished; remove it and run its stage again")
+    assert refusal(open_group, tmp_path / "group").endswith(
+        "group: this Zarr group was never finished; remove it and run its stage again"
+    )
 
 
 def test_a_group_that_is_not_there(tmp_path):

@@ -93,9 +93,7 @@ def name_tokenizer_class(folder: Path) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def main(
-    params: Path, vae: Path, latents: Path, tokenizer: Path, high_noise: Path, low_noise: Path, out: Path
-) -> None:
+def main(params: Path, vae: Path, latents: Path, tokenizer: Path, high_noise: Path, low_noise: Path, out: Path) -> None:
     """Assembles the pipeline folder from the checkpoints (sections `vae` and `denoiser`)."""
     settings = load_section(params, "denoiser", DenoiserSettings)
     pipeline = build_pipeline(

@@ -99,7 +99,11 @@ def main(params: Path, assets: Path, calibration: Path, evaluation: Path) -> Non
     clips = load_section(params, "clips", ClipSettings)
     pictures = load_assets(assets)
     licences = read_photo_licences(settings.photo_table)
-    rows = {"calibration": settings.calibration_rows, "validation": settings.validation_rows, "heldout": settings.heldout_rows}
+    rows = {
+        "calibration": settings.calibration_rows,
+        "validation": settings.validation_rows,
+        "heldout": settings.heldout_rows,
+    }
     splits = [split for split, count in rows.items() for _ in range(count)]
     specs = draw_balanced(settings.calibration_seed, len(splits), pictures, "training", clips)
     write_manifest(calibration, "calibration", splits, specs, pictures, clips, licences)

@@ -43,7 +43,9 @@ class SamplingPlan:
     stride: int
 
 
-def plan_sampling(calls: list[Call], bins: Bins | None, tokens: int, samples: dict[str, int], seed: int, *, stride: int) -> SamplingPlan:
+def plan_sampling(
+    calls: list[Call], bins: Bins | None, tokens: int, samples: dict[str, int], seed: int, *, stride: int
+) -> SamplingPlan:
     """Choose a site's tokens before any block runs, so that the choice depends on nothing but its arguments.
 
     bins: None for a site that does not depend on t (one bin, one call per prompt and branch). tokens: per call.
@@ -126,7 +128,9 @@ class SiteObserver:
             largest = torch.stack([slab.abs().amax(0) for slab in tokens.split(SLAB)]).amax(0).float()
             if not torch.isfinite(largest).all():
                 where = f"{self.where} (prompt {call.prompt}, t = {call.t:g})"
-                raise UserError(f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype")
+                raise UserError(
+                    f"{where}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
+                )
             if calibration:
                 torch.maximum(self.absmax[b], largest, out=self.absmax[b])
                 for slab in tokens[_every(self.plan.stride, i)].split(SLAB):
@@ -167,7 +171,11 @@ def merge_shards(folder: Path, shards: Iterable[dict[str, torch.Tensor]]) -> Non
         if absmax is None:
             absmax, total, tokens = (shard[name].clone() for name in ("absmax", "total", "tokens"))
         else:
-            absmax, total, tokens = torch.maximum(absmax, shard["absmax"]), total + shard["total"], tokens + shard["tokens"]
+            absmax, total, tokens = (
+                torch.maximum(absmax, shard["absmax"]),
+                total + shard["total"],
+                tokens + shard["tokens"],
+            )
         if "shift" in shard and hessian is None:
             shift, hessian = shard["shift"].clone(), shard["hessian"].clone()
         elif "shift" in shard:
@@ -175,7 +183,9 @@ def merge_shards(folder: Path, shards: Iterable[dict[str, torch.Tensor]]) -> Non
             _recenter(hessian, shard["shift"] - shift, shard["first_moment"], shard["weight"].item())
     _fill_below_panels(hessian)
     tensors = {"shift": shift, "hessian": hessian, "absmax": absmax, "mean": total / tokens.unsqueeze(1)}
-    tensors |= {name: torch.cat(samples[name]) for kind in SAMPLES for name in (f"{kind}.{b}" for b in range(len(tokens)))}
+    tensors |= {
+        name: torch.cat(samples[name]) for kind in SAMPLES for name in (f"{kind}.{b}" for b in range(len(tokens)))
+    }
     write_statistics(folder, tensors, tokens.tolist())
 
 

@@ -63,7 +63,9 @@ class Shard:
         trajectories = Trajectories(self.trajectories)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
-        chunks = [self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)]
+        chunks = [
+            self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
+        ]
         inputs, hidden = self._first_inputs(model, trajectories, calls, chunks)
 
         def batches() -> Iterator[tuple[range, BlockInputs]]:
@@ -123,7 +125,11 @@ class BlockObservers:
 
     def _plan(self, name: str, tokens: int) -> SamplingPlan:
         site, settings = next(s for s in WAN_SITES if s.name == name), self.shard.capture
-        samples = {"calibration": settings.search_tokens, "validation": settings.search_tokens, "heldout": settings.heldout_tokens}
+        samples = {
+            "calibration": settings.search_tokens,
+            "validation": settings.search_tokens,
+            "heldout": settings.heldout_tokens,
+        }
         bins = self.shard.bins if site.depends_on_timestep else None
         return plan_sampling(self.calls, bins, tokens, samples, settings.seed, stride=settings.hessian_stride)
 
@@ -151,7 +157,9 @@ def add_up_shards(shards: list[Path], block: str, url: str | None, folder: Path)
 
 
 @contextmanager
-def site_inputs(block: nn.Module, sites: Iterable[Site], observe: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def site_inputs(
+    block: nn.Module, sites: Iterable[Site], observe: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
     """While the block runs, observe(site, x) gets the input of each site the moment it is there.
 
     Nothing is kept: the inputs of all sites of one 81-frame call of Wan2.2-I2V-A14B would be 2.6 GB.
@@ -186,4 +194,7 @@ def replay_block(
     positions = range(0)
     with site_inputs(block, sites, lambda site, x: observe(site, x, positions)):
         for positions, inputs in batches:
-            yield positions, block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb)
+            yield (
+                positions,
+                block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb),
+            )

@@ -31,7 +31,11 @@ class StoredBlock:
         return read_statistics(site_folder(self.folders["activations"], self.index, site.name), self.model.device)
 
     def transform_factors(self, site: Site) -> TransformFactors:
-        return TransformFactors.from_file(self.folders["lowrank"] / block_name(self.index), site.name, self.model.device)
+        return TransformFactors.from_file(
+            self.folders["lowrank"] / block_name(self.index), site.name, self.model.device
+        )
 
     def residual_factors(self, site: Site) -> ResidualFactors:
-        return ResidualFactors.from_file(self.folders["residual"] / block_name(self.index), site.name, self.model.device)
+        return ResidualFactors.from_file(
+            self.folders["residual"] / block_name(self.index), site.name, self.model.device
+        )

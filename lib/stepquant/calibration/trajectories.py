@@ -83,7 +83,11 @@ def recorded(experts: dict[str, torch.nn.Module]) -> Iterator[list[dict[str, Any
 
 def record_prompt(pipe: Any, sampling: Sampling, prompt: Prompt, folder: Path, url: str | None) -> None:
     """Sample one prompt and write its trajectory into a folder; url: the object store to move it into, None for the disk."""
-    experts = {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2} if pipe.transformer_2 else {"denoiser": pipe.transformer}
+    experts = (
+        {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2}
+        if pipe.transformer_2
+        else {"denoiser": pipe.transformer}
+    )
     with recorded(experts) as calls:
         sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
     write_trajectory(folder, calls, pipe.transformer.config.out_channels, prompt.split, f"prompt {prompt.id}")
@@ -108,7 +112,9 @@ def write_trajectory(folder: Path, calls: list[dict[str, Any]], latent_channels:
     }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; check the model, or use another compute.dtype")
+            raise UserError(
+                f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; check the model, or use another compute.dtype"
+            )
     write_group(folder, tensors, {"split": split, "experts": [calls[i]["expert"] for i in first]})
 
 
@@ -136,7 +142,9 @@ class Trajectories:
 
     def inputs(self, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [B, C + P, F, H, W], timestep [B] and encoder_hidden_states [B, L, text_dim] of some calls."""
-        conditions = {prompt: read_tensor(self._groups[prompt], "condition") for prompt in {call.prompt for call in calls}}
+        conditions = {
+            prompt: read_tensor(self._groups[prompt], "condition") for prompt in {call.prompt for call in calls}
+        }
         hidden, text = [], []
         for call in calls:
             group = self._groups[call.prompt]

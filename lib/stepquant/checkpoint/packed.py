@@ -45,8 +45,12 @@ class PackedLinear:
 
 
 def pack_site(
-    layer: QuantizedLayer, linears: Mapping[str, tuple[int, int]], biases: Mapping[str, Tensor], clip: tuple[Tensor | None, Tensor | None],
-    *, mean_subtraction: bool,
+    layer: QuantizedLayer,
+    linears: Mapping[str, tuple[int, int]],
+    biases: Mapping[str, Tensor],
+    clip: tuple[Tensor | None, Tensor | None],
+    *,
+    mean_subtraction: bool,
 ) -> dict[str, PackedLinear]:
     """The linears of a site from its stacked layer, on the CPU.
 
@@ -58,7 +62,10 @@ def pack_site(
         rows = slice(start, start := start + N)
         mean = bias = None
         if mean_subtraction:
-            mean, bias = layer.transform.mean.cpu(), (biases[path].float() + layer.offset[rows]).to(biases[path].dtype).cpu()
+            mean, bias = (
+                layer.transform.mean.cpu(),
+                (biases[path].float() + layer.offset[rows]).to(biases[path].dtype).cpu(),
+            )
         rank = layer.proj_down.shape[1]
         packed[path] = pack_linear(
             layer.codes[rows].cpu(),

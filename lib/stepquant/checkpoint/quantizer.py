@@ -104,7 +104,9 @@ def _swap(model: nn.Module, target: str, settings: QuantizationSettings) -> None
         raise UserError(f"quantization_config: target {target!r} is a {type(linear).__name__}; expected a linear")
     has_bias = linear.bias is not None or settings.mean_subtraction
     rotation = settings.rotations.get(target, 0)
-    quantized = W4A4Linear(linear.in_features, linear.out_features, has_bias, settings, device="meta", rotation=rotation)
+    quantized = W4A4Linear(
+        linear.in_features, linear.out_features, has_bias, settings, device="meta", rotation=rotation
+    )
     quantized.bin = torch.zeros(1, dtype=torch.int64)  # not stored, so nothing will replace a meta tensor
     setattr(model.get_submodule(owner), name, quantized)
 
@@ -115,4 +117,6 @@ def _check_keys(expected: set[str], loaded: set[str], targets: tuple[str, ...]) 
         raise UserError(f"checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
     prefixes = tuple(f"{target}." for target in targets)
     if foreign := sorted(key for key in loaded - expected if key.startswith(prefixes)):
-        raise UserError(f"checkpoint holds {len(foreign)} tensors that its linears do not have, the first is {foreign[0]!r}")
+        raise UserError(
+            f"checkpoint holds {len(foreign)} tensors that its linears do not have, the first is {foreign[0]!r}"
+        )

@@ -71,7 +71,9 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
         found = sorted(key.removesuffix(".qweight") for key in codes)
         if found != sorted(settings.targets):
             targets = len(settings.targets)
-            raise ValueError(f"the blocks hold {len(found)} linears; they must be the {targets} targets of the settings")
+            raise ValueError(
+                f"the blocks hold {len(found)} linears; they must be the {targets} targets of the settings"
+            )
         replaced = {f"{target}.weight" for target in settings.targets}.union(*(shard.sizes for shard in shards))
         shards.append(_save(work, "rest", {key: weights.get(key) for key in weights if key not in replaced}))
         _write_index(work, shards)
@@ -86,7 +88,9 @@ class _Shard:
     sizes: dict[str, int]
 
 
-def _block_tensors(block: dict[str, PackedLinear], settings: QuantizationSettings, weights: Weights) -> dict[str, Tensor]:
+def _block_tensors(
+    block: dict[str, PackedLinear], settings: QuantizationSettings, weights: Weights
+) -> dict[str, Tensor]:
     tensors = {}
     for target, packed in block.items():
         packed.check(settings, *weights.shape(f"{target}.weight"))

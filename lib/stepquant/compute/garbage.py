@@ -34,7 +34,12 @@ def collect(units: Path, artifacts: Path, keep_days: float, dry_run: bool) -> Ga
     units: the folder with one store per stage, each beside its lock. dry_run: count, and remove nothing. Raises UserError
     if a stage is running.
     """
-    held = {digest for pattern in MANIFESTS for file in artifacts.glob(pattern) for digest in DIGEST.findall(file.read_text())}
+    held = {
+        digest
+        for pattern in MANIFESTS
+        for file in artifacts.glob(pattern)
+        for digest in DIGEST.findall(file.read_text())
+    }
     oldest = time.time() - keep_days * 24 * 3600
     stores = sorted(path for path in units.glob("*") if path.is_dir())
     with ExitStack() as locks:

@@ -59,7 +59,9 @@ class Processes:
 
     def _new_pool(self) -> ProcessPoolExecutor:
         # Not forked: a process that has used threads or a GPU cannot be.
-        return ProcessPoolExecutor(self.compute.workers, multiprocessing.get_context("spawn"), initializer=_enter_worker)
+        return ProcessPoolExecutor(
+            self.compute.workers, multiprocessing.get_context("spawn"), initializer=_enter_worker
+        )
 
 
 def lost_workers(times: int) -> str:

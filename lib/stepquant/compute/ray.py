@@ -37,7 +37,11 @@ class RayWorkers:
         import ray
         from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-        options = {"num_cpus": self.compute.threads, "num_gpus": self.compute.gpus_per_unit, "max_retries": ATTEMPTS - 1}
+        options = {
+            "num_cpus": self.compute.threads,
+            "num_gpus": self.compute.gpus_per_unit,
+            "max_retries": ATTEMPTS - 1,
+        }
         remote = ray.remote(run_task_there).options(**options)
         pending = [remote.remote(task, root, Path.cwd(), self.compute) for task in tasks]
         while pending:
@@ -70,16 +74,25 @@ def _connect(compute: Compute, code: Sequence[Path]) -> None:
     if compute.address:
         _check_address(compute.address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    own = {"num_cpus": compute.workers * compute.threads, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    own = {
+        "num_cpus": compute.workers * compute.threads,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     travels = {"py_modules": [os.fspath(folder) for folder in code], "excludes": ["__pycache__"]}
     try:
         ray.init(
-            address=compute.address or "local", runtime_env=travels, log_to_driver=False, logging_level="ERROR",
+            address=compute.address or "local",
+            runtime_env=travels,
+            log_to_driver=False,
+            logging_level="ERROR",
             **({} if compute.address else own),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         hint = "with token authentication, every machine needs RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN"
-        raise UserError(f"compute.address: no Ray cluster at {compute.address}: {' '.join(str(error).split())}; {hint}") from None
+        raise UserError(
+            f"compute.address: no Ray cluster at {compute.address}: {' '.join(str(error).split())}; {hint}"
+        ) from None
 
 
 def _check_address(address: str) -> None:
@@ -88,7 +101,9 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise UserError(f"compute.address: nothing answers at {address} ({error}); expected the address that `ray start --head` prints") from None
+        raise UserError(
+            f"compute.address: nothing answers at {address} ({error}); expected the address that `ray start --head` prints"
+        ) from None
 
 
 def _check_resources(compute: Compute) -> None:
@@ -96,9 +111,13 @@ def _check_resources(compute: Compute) -> None:
     import ray
 
     if compute.gpus_per_unit == 0 and compute.device.startswith("cuda"):
-        raise UserError("compute.gpus_per_unit: 0 hides all GPUs from Ray's workers, and compute.device is cuda; ask for a share of one")
+        raise UserError(
+            "compute.gpus_per_unit: 0 hides all GPUs from Ray's workers, and compute.device is cuda; ask for a share of one"
+        )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, key, wanted in (("CPU", "threads", compute.threads), ("GPU", "gpus_per_unit", compute.gpus_per_unit)):
         most = max(node.get(name, 0) for node in nodes)
         if wanted > most:
-            raise UserError(f"compute.{key}: a unit asks for {wanted:g} {name}s; the largest machine of the Ray cluster has {most:g}")
+            raise UserError(
+                f"compute.{key}: a unit asks for {wanted:g} {name}s; the largest machine of the Ray cluster has {most:g}"
+            )

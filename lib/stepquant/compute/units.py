@@ -96,7 +96,13 @@ def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
     try:
         partial.mkdir(parents=True)
         for place, unit in units.items():
-            shutil.copytree(unit.folder, partial / place, copy_function=_link, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
+            shutil.copytree(
+                unit.folder,
+                partial / place,
+                copy_function=_link,
+                ignore=shutil.ignore_patterns(MARKER),
+                dirs_exist_ok=True,
+            )
         for name, text in texts.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(text)
@@ -113,7 +119,9 @@ def _finished_files(folder: Path) -> dict[str, str] | None:
         return None
     listed = json.loads(marker.read_text())
     sizes = listed.get("sizes")  # a marker of an older form has none
-    whole = sizes is not None and all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+    whole = sizes is not None and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
+    )
     return listed["files"] if whole else None
 
 

@@ -40,7 +40,9 @@ def ssim_frames(video: np.ndarray, reference: np.ndarray) -> list[float]:
     """
     _check_pair(video, reference)
     if min(video.shape[1:3]) < 11:
-        raise UserError(f"SSIM looks through an 11 x 11 window; the video has {video.shape[1]} x {video.shape[2]} pixels")
+        raise UserError(
+            f"SSIM looks through an 11 x 11 window; the video has {video.shape[1]} x {video.shape[2]} pixels"
+        )
     return [_ssim(frame, expected) for frame, expected in zip(video, reference)]
 
 
@@ -61,7 +63,13 @@ def _capped_psnr(a: np.ndarray, b: np.ndarray) -> float:
 def _ssim(frame: np.ndarray, expected: np.ndarray) -> float:
     return float(
         structural_similarity(
-            expected, frame, data_range=255, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            expected,
+            frame,
+            data_range=255,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
     )
 

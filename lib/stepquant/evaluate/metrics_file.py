@@ -183,7 +183,10 @@ def read_record(path: Path) -> Record:
 
 def read_records(folder: Path) -> list[Record]:
     """Every metrics file of a folder, from the reference to the full recipe. Raises UserError if there is none."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem))
+    paths = sorted(
+        folder.glob("*.json"),
+        key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),
+    )
     if not paths:
         raise UserError(f"{folder}: holds no metrics; `dvc repro` writes them")
     return [read_record(path) for path in paths]

@@ -19,7 +19,9 @@ from stepquant.quantize.quantized_layer import relative_error
 from stepquant.runtime.linear import W4A4Linear
 
 
-def layer_errors(manifest: ModelManifest, compute: Compute, checkpoint: Path, activations: Callable[[str], Path]) -> Iterator[LayerError]:
+def layer_errors(
+    manifest: ModelManifest, compute: Compute, checkpoint: Path, activations: Callable[[str], Path]
+) -> Iterator[LayerError]:
     """The held-out error of every site of every block, per bin.
 
     checkpoint: folder of the packed pipeline. activations: the folder of an expert's statistics, whose held-out tokens are used.
@@ -46,7 +48,9 @@ class PackedExpert:
 
     def linears(self, index: int, site: Site) -> list[W4A4Linear]:
         """The linears of a site, in the order in which their outputs are stacked."""
-        return [read_linear(self.weights, self.settings, f"blocks.{index}.{path}", self.device) for path in site.linears]
+        return [
+            read_linear(self.weights, self.settings, f"blocks.{index}.{path}", self.device) for path in site.linears
+        ]
 
     def output(self, linears: list[W4A4Linear], x: Tensor, timestep_bin: int) -> Tensor:
         """Stacked output [T, N] of a site's linears for x [T, K] under the clip of a bin."""

@@ -32,7 +32,9 @@ def interval(values: Mapping[str, float], bootstrap: Bootstrap) -> dict[str, flo
     return {"mean": float(x.mean()), "low": float(low), "high": float(high)}
 
 
-def paired_difference(values: Mapping[str, float], reference: Mapping[str, float], bootstrap: Bootstrap) -> dict[str, float]:
+def paired_difference(
+    values: Mapping[str, float], reference: Mapping[str, float], bootstrap: Bootstrap
+) -> dict[str, float]:
     """`interval` of value - reference per video: the difference between two variants on the same prompts and noise.
 
     Pairing removes the spread between videos, which is far larger than what quantization does to one of them.
@@ -40,5 +42,7 @@ def paired_difference(values: Mapping[str, float], reference: Mapping[str, float
     """
     if values.keys() != reference.keys():
         missing = sorted(values.keys() ^ reference.keys())
-        raise UserError(f"videos {missing} exist for one of the two variants only: generate both from the same manifest")
+        raise UserError(
+            f"videos {missing} exist for one of the two variants only: generate both from the same manifest"
+        )
     return interval({name: values[name] - reference[name] for name in values}, bootstrap)

@@ -52,7 +52,9 @@ def read_video(path: Path) -> np.ndarray:
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (OSError, av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error}); expected an MP4 that stage generate wrote") from error
+        raise UserError(
+            f"{path}: cannot be read as a video ({error}); expected an MP4 that stage generate wrote"
+        ) from error
     if not frames:
         raise UserError(f"{path}: holds no frame; expected an MP4 that stage generate wrote")
     return np.stack(frames)

@@ -98,7 +98,9 @@ class Format(ABC):
         Arguments and errors as in `scales`.
         """
         x32 = x.float()  # once, for the scales and the values
-        scales = self.scales(x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor, amax=amax)
+        scales = self.scales(
+            x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor, amax=amax
+        )
         rounded = self.round_to_grid(self._divide(self._grouped(x32), scales))
         return rounded.mul_(self._scale(scales)).flatten(-2).to(x.dtype)
 
@@ -149,7 +151,9 @@ def check_groups(K: int, fmt: Format, what: str) -> None:
 
 def check_finite(x: Tensor, what: str) -> None:
     """Raises UserError naming `what` if x holds a NaN or an infinity."""
-    if torch.isfinite(x.sum()):  # a sum is many times quicker, and finite only if every value is; large values may overflow it
+    if torch.isfinite(
+        x.sum()
+    ):  # a sum is many times quicker, and finite only if every value is; large values may overflow it
         return
     finite = torch.isfinite(x)
     if not finite.all():

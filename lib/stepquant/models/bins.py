@@ -45,9 +45,13 @@ def make_bins(spec: int | Sequence[float], low: float, high: float, key: str) ->
     if edges == sorted(edges):
         edges = edges[::-1]
     if len(edges) < 2 or any(a <= b for a, b in zip(edges, edges[1:])):
-        raise UserError(f"{key}: edges {list(spec)} overlap or repeat; allowed: at least two strictly ordered values of t")
+        raise UserError(
+            f"{key}: edges {list(spec)} overlap or repeat; allowed: at least two strictly ordered values of t"
+        )
     if edges[0] < high or edges[-1] > low:
-        raise UserError(f"{key}: edges {list(spec)} do not cover [{low:g}, {high:g}]; allowed: first and last edge at or beyond it")
+        raise UserError(
+            f"{key}: edges {list(spec)} do not cover [{low:g}, {high:g}]; allowed: first and last edge at or beyond it"
+        )
     return Bins(tuple(edges))
 
 

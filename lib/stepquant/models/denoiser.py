@@ -95,10 +95,14 @@ class Denoiser:
         try:
             missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
         except RuntimeError as error:  # torch says so if a shape differs
-            raise UserError(f"{self.weights.folder}: weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+            raise UserError(
+                f"{self.weights.folder}: weights do not fit config.json: {str(error).splitlines()[-1].strip()}"
+            ) from None
         if missing or unexpected:
             what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unexpected[0]}"
-            raise UserError(f"{self.weights.folder}: the checkpoint {what}; expected the weights of {self._class.__name__}")
+            raise UserError(
+                f"{self.weights.folder}: the checkpoint {what}; expected the weights of {self._class.__name__}"
+            )
 
 
 def block_inputs(

@@ -93,4 +93,6 @@ def read_manifest(path: Path) -> ModelManifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {field}: {first['msg']}; not a manifest of this version, run stage model again") from None
+        raise UserError(
+            f"{path}: {field}: {first['msg']}; not a manifest of this version, run stage model again"
+        ) from None

@@ -51,7 +51,9 @@ def read_manifest(path: Path) -> list[Prompt]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected a JSONL file of prompts") from None
+        raise UserError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected a JSONL file of prompts"
+        ) from None
     prompts = list(_rows(path, lines))
     if not prompts:
         raise UserError(f"{path}: the manifest is empty; expected at least one prompt")
@@ -69,7 +71,11 @@ def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> li
 def recorded_prompts(settings: Trajectories) -> list[Prompt]:
     """The prompts whose trajectories are recorded, split by split."""
     rows = read_manifest(Path(settings.manifest))
-    counts = {"calibration": settings.calibration_prompts, "validation": settings.validation_prompts, "heldout": settings.heldout_prompts}
+    counts = {
+        "calibration": settings.calibration_prompts,
+        "validation": settings.validation_prompts,
+        "heldout": settings.heldout_prompts,
+    }
     return [prompt for split, count in counts.items() for prompt in take(rows, split, count, settings.manifest)]
 
 
@@ -100,7 +106,9 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: found {type(row).__name__}; expected one JSON object per line")
     for key, kind in _TYPES.items():
         if type(row.get(key)) is not kind:  # isinstance would take true for a whole number
-            raise UserError(f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}")
+            raise UserError(
+                f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}"
+            )
     if not _ID.fullmatch(row["id"]):
         raise UserError(f"{where}: id {row['id']!r}; allowed: letters, digits and underscores")
     if not 0 <= row["seed"] < 2**63:

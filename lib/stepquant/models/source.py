@@ -31,14 +31,18 @@ def resolve_source(source: str, revision: str | None) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists() or source.count("/") != 1:
-        raise UserError(f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name")
+        raise UserError(
+            f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}"
+        ) from None
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:

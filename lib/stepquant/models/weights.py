@@ -108,7 +108,9 @@ def open_weights(folder: Path) -> Weights:
             return Weights(folder, read_header(single))
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise UserError(f"{folder}: found only pickled weights ({pickles[0]}), which can run code; convert them to safetensors")
+        raise UserError(
+            f"{folder}: found only pickled weights ({pickles[0]}), which can run code; convert them to safetensors"
+        )
     names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
     raise UserError(f"{folder}: no weights; expected {names}")
 
@@ -123,7 +125,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{file}: not a safetensors file, or a truncated one ({size} bytes)")
         raw = f.read(length)
     if len(raw) < length:
-        raise UserError(f"{file}: truncated: {size} bytes, its header alone needs {8 + length}; copy or download it again")
+        raise UserError(
+            f"{file}: truncated: {size} bytes, its header alone needs {8 + length}; copy or download it again"
+        )
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -132,7 +136,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
         raise UserError(f"{file}: not a safetensors file: its header cannot be read ({e})") from e
     if size != needed:
-        raise UserError(f"{file}: truncated or damaged: {size} bytes, its header says {needed}; copy or download it again")
+        raise UserError(
+            f"{file}: truncated or damaged: {size} bytes, its header says {needed}; copy or download it again"
+        )
     return infos
 
 

@@ -53,7 +53,11 @@ def stage_costs(run: Workload, machine: Machine) -> list[Cost]:
     for stage in (capture, lowrank, gptq, clip):
         costs += [stage(run, expert, machine) for expert in run.experts]
     costs.append(pack(run, machine))
-    return [*costs, sampling(run, machine, "generate@bf16", shown, whole), sampling(run, machine, "generate@full", shown, packed)]
+    return [
+        *costs,
+        sampling(run, machine, "generate@bf16", shown, whole),
+        sampling(run, machine, "generate@full", shown, packed),
+    ]
 
 
 def sampling(run: Workload, machine: Machine, stage: str, prompts: int, experts: list[float], out: float = 0.0) -> Cost:
@@ -73,16 +77,27 @@ def capture(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
     settings, blocks, hidden = run.parameter("capture"), expert.blocks, sizes.hidden_state(run, expert)
     forward = expert.all_calls * blocks * forward_flops(run, expert)
     moments = blocks * sum(moment_flops(run, expert, site) for site in expert.sites)
-    scratch, kept = sizes.hidden_states(run, expert).bytes + sizes.shard_sums(run, expert).bytes, sizes.activations(run, expert).bytes
+    scratch, kept = (
+        sizes.hidden_states(run, expert).bytes + sizes.shard_sums(run, expert).bytes,
+        sizes.activations(run, expert).bytes,
+    )
     sums = ceil(expert.calls("calibration") / settings.calls_per_shard) * sum(4 * site.K**2 for site in expert.sites)
     moved = (runs(run, expert) - 1) * expert.all_calls * hidden + blocks * sums
     shards = ceil(expert.all_calls / settings.calls_per_shard)
     workers = min(machine.devices, shards)
-    disk = (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash  # whoever makes a shard hashes it
+    disk = (
+        (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash
+    )  # whoever makes a shard hashes it
     statistics = sum(4 * site.K**2 for site in expert.sites)
     block = expert.weights / blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
     largest = max(site.K for site in expert.sites)
-    device = block + statistics + 12 * SLAB * largest + DIFFUSERS_BYTES + forward_bytes(run, expert, settings.calls_per_chunk)
+    device = (
+        block
+        + statistics
+        + 12 * SLAB * largest
+        + DIFFUSERS_BYTES
+        + forward_bytes(run, expert, settings.calls_per_chunk)
+    )
     seconds = (forward / machine.bf16 + moments / machine.moments) / workers + disk
     held = workers * min(settings.calls_per_shard, expert.all_calls) * hidden
     return _cost(f"capture@{expert.name}", seconds, device, machine, on_disk(run, kept), scratch, host=held)
@@ -92,13 +107,19 @@ def lowrank(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
     """Candidates of smoothing and rotation on the search tokens, a truncated SVD for each exponent and for what gradients found."""
     smooth, rank = run.parameter("smooth", expert.name), run.parameter("lowrank", expert.name).rank
     exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
-    products = exponents + len(run.parameter("rotate", expert.name).hadamard_sizes)  # the reference, the exponents, the other rotations
+    products = exponents + len(
+        run.parameter("rotate", expert.name).hadamard_sizes
+    )  # the reference, the exponents, the other rotations
     if smooth.gradient_steps:
         exponents, products = exponents + 1, products + 1.5  # scored on half of the tokens: reference, before, after
 
     def seconds(site: SiteShape) -> float:
-        flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(rank, site.weights)
-        return flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3  # a candidate has fewer steps than a pass of GPTQ
+        flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(
+            rank, site.weights
+        )
+        return (
+            flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3
+        )  # a candidate has fewer steps than a pass of GPTQ
 
     total = expert.blocks * sum(map(seconds, expert.sites))
     device = _worst(run, expert, LOWRANK, lambda site: search_rows(run, expert, site))
@@ -122,7 +143,11 @@ def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
         flops += tried * 2 * validation_rows(run, expert, site) * site.K * 2 * scored_rows  # reference and output
         if settings.noise:  # two products with a triangle, in panels; the first branch
             flops += 2 * (site.weights + tried * scored_rows * site.K) * (site.K + TRIANGLE) + tried * thin_fit + fit
-        return flops / machine.fp32 + passes * one_pass(site, site.N) + tried * (one_pass(site, scored_rows) if scored_rows else 0)
+        return (
+            flops / machine.fp32
+            + passes * one_pass(site, site.N)
+            + tried * (one_pass(site, scored_rows) if scored_rows else 0)
+        )
 
     device = _worst(run, expert, GPTQ, lambda site: 0)
     total = expert.blocks * sum(map(seconds, expert.sites))
@@ -132,16 +157,24 @@ def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
 def clip(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
     """The reference and every candidate on the search tokens."""
     settings = run.parameter("clip", expert.name)
-    candidates = len(settings.ratios) * (len(settings.exponent_offsets) if run.parameter("format").activation == "mxfp4" else 1)
+    candidates = len(settings.ratios) * (
+        len(settings.exponent_offsets) if run.parameter("format").activation == "mxfp4" else 1
+    )
     flops = sum((1 + candidates) * 2 * search_rows(run, expert, site) * site.weights for site in expert.sites)
-    device = _worst(run, expert, CLIP, lambda site: search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1))
-    return _factors(run, expert, machine, "clip", expert.blocks * flops / machine.fp32, device, sizes.clip(run, expert).bytes)
+    device = _worst(
+        run, expert, CLIP, lambda site: search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1)
+    )
+    return _factors(
+        run, expert, machine, "clip", expert.blocks * flops / machine.fp32, device, sizes.clip(run, expert).bytes
+    )
 
 
 def pack(run: Workload, machine: Machine) -> Cost:
     """Codes and scales laid out anew, a block at a time; what is not quantized is copied."""
     packed = sizes.checkpoint(run).bytes
-    block = max(sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts)
+    block = max(
+        sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts
+    )
     rest = max(expert.rest_bytes for expert in run.experts)
     return Cost("pack@full", packed * (2 / machine.disk), PROCESS_BYTES + 2 * max(block, rest), 0, packed)
 
@@ -164,7 +197,9 @@ def forward_flops(run: Workload, expert: ExpertRun) -> float:
 def forward_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
     """What one block's forward of some calls holds beside its weights."""
     ffn = max(site.K for site in expert.sites)
-    each = expert.width * (4 * FORWARD_WIDTHS[0] + run.itemsize * FORWARD_WIDTHS[1]) + ffn * (4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1])
+    each = expert.width * (4 * FORWARD_WIDTHS[0] + run.itemsize * FORWARD_WIDTHS[1]) + ffn * (
+        4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1]
+    )
     return calls * run.tokens * each
 
 
@@ -186,16 +221,21 @@ def fit_flops(rank: int, rows: float, columns: float, iterations: int) -> float:
     return 2 * (rank + OVERSAMPLING) * ((2 * iterations + 2) * rows * columns + (iterations + 2) * columns**2)
 
 
-def _worst(run: Workload, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:
+def _worst(
+    run: Workload, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]
+) -> float:
     """Peak bytes over the sites, from how many copies of what are alive."""
     weights, moments, tokens, outputs = copies
     each: Iterable[float] = (
-        4 * (weights * site.weights + moments * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N)) for site in expert.sites
+        4 * (weights * site.weights + moments * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N))
+        for site in expert.sites
     )
     return max(each)
 
 
-def _factors(run: Workload, expert: ExpertRun, machine: Machine, stage: str, seconds: float, device: float, out: float) -> Cost:
+def _factors(
+    run: Workload, expert: ExpertRun, machine: Machine, stage: str, seconds: float, device: float, out: float
+) -> Cost:
     """A stage over independent blocks that reads weights and activations from disk."""
     read = (2 * expert.weights + sizes.activations(run, expert).bytes) / machine.disk
     return _cost(f"{stage}@{expert.name}", seconds / machine.devices + read, device, machine, out)

@@ -46,7 +46,9 @@ class Machine:
     hash: float = 1.8 * GB  # measured, one core with SHA instructions
 
 
-def gpu(name: str, title: str, memory: float, tflops: tuple[float, float, float], bandwidth: float, host: float, disk: float) -> Machine:
+def gpu(
+    name: str, title: str, memory: float, tflops: tuple[float, float, float], bandwidth: float, host: float, disk: float
+) -> Machine:
     """A machine with one GPU. memory, host and disk in GB, bandwidth of the device's memory in GB/s; peaks in BF16, TF32 and FP32."""
     bf16, tf32, fp32 = (peak * GEMM_SHARE * TERA for peak in tflops)
     per_weight = PASS_BYTES / (bandwidth * GB * BANDWIDTH_SHARE)
@@ -60,7 +62,9 @@ GPUS = {
         gpu("rtx4090", "1 x 24 GB (RTX 4090)", 24, (165, 82.6, 82.6), 1008, host=32, disk=1000),
         gpu("a100", "1 x 80 GB (A100 SXM)", 80, (312, 156, 19.5), 2039, host=256, disk=2000),
         _H100,
-        replace(_H100, name="8xh100", title="8 x 80 GB (H100 SXM)", devices=8, host_bytes=1024 * GB, disk_bytes=8000 * GB),
+        replace(
+            _H100, name="8xh100", title="8 x 80 GB (H100 SXM)", devices=8, host_bytes=1024 * GB, disk_bytes=8000 * GB
+        ),
     )
 }
 # Which machines a plan shows if there is no GPU here and none was named.
@@ -70,4 +74,18 @@ USUAL = ("rtx4090", "h100", "8xh100")
 def cpu(threads: int, host: float, disk: float) -> Machine:
     """This kind of CPU with some threads, each as fast as the one measured; host memory and free disk in bytes."""
     bf16, moments, fp32 = (rate * threads for rate in (145e9, 95e9, 80e9))
-    return Machine("cpu", f"CPU, {threads} threads", 1, None, host, disk, bf16, moments, fp32, 20e-6, 8e-9 / threads, 0.12e-6 / threads, disk=1 * GB)
+    return Machine(
+        "cpu",
+        f"CPU, {threads} threads",
+        1,
+        None,
+        host,
+        disk,
+        bf16,
+        moments,
+        fp32,
+        20e-6,
+        8e-9 / threads,
+        0.12e-6 / threads,
+        disk=1 * GB,
+    )

@@ -19,7 +19,14 @@ from stepquant.runtime.layout import QuantizationSettings, linear_layout
 ARRAY_METADATA, GROUP_METADATA = 540, 290
 ERROR = 0.04644073173403740  # a float of usual length in a record
 DIGEST = 64
-CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3"}
+CODES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,14 @@ def lowrank(run: Workload, expert: ExpertRun) -> Size:
     candidates = len(settings.candidates) if settings.alpha == "search" else 1
     rotations = len(run.parameter("rotate", expert.name).hadamard_sizes)
     record = {
-        "alpha": 0.5, "beta": 0.5, "candidates": [[0.5, 0.5]] * candidates, "search_errors": [ERROR] * candidates,
-        "rotation": 64, "rotations": [64] * rotations, "rotation_errors": [ERROR] * rotations, "learned": True,
+        "alpha": 0.5,
+        "beta": 0.5,
+        "candidates": [[0.5, 0.5]] * candidates,
+        "search_errors": [ERROR] * candidates,
+        "rotation": 64,
+        "rotations": [64] * rotations,
+        "rotation_errors": [ERROR] * rotations,
+        "learned": True,
     }
 
     return _blocks(expert, lambda site: TransformFactors.shapes(site.N, site.K, rank), record)
@@ -101,8 +114,16 @@ def residual(run: Workload, expert: ExpertRun) -> Size:
     """Per block: codes, scales, refitted branch and offset of every site."""
     formats, rank = run.parameter("format"), run.parameter("lowrank", expert.name).rank
     dampings = run.parameter("gptq", expert.name).dampings
-    record = {"damping": dampings[0], "dampings": dampings, "validation_errors": [ERROR] * min(2, len(dampings)), "retries": 0, "dead_channels": 0}
-    return _blocks(expert, lambda site: ResidualFactors.shapes(site.N, site.K, rank, get_format(formats.weight)), record)
+    record = {
+        "damping": dampings[0],
+        "dampings": dampings,
+        "validation_errors": [ERROR] * min(2, len(dampings)),
+        "retries": 0,
+        "dead_channels": 0,
+    }
+    return _blocks(
+        expert, lambda site: ResidualFactors.shapes(site.N, site.K, rank, get_format(formats.weight)), record
+    )
 
 
 def clip(run: Workload, expert: ExpertRun) -> Size:
@@ -116,7 +137,12 @@ def clip(run: Workload, expert: ExpertRun) -> Size:
 
     def record(site: SiteShape) -> dict[str, Any]:
         bins = count(site)
-        return {"candidates": candidates, "search_errors": [[ERROR] * len(candidates)] * bins, "chosen": [0] * bins, "single": 0}
+        return {
+            "candidates": candidates,
+            "search_errors": [[ERROR] * len(candidates)] * bins,
+            "chosen": [0] * bins,
+            "single": 0,
+        }
 
     return _blocks(expert, lambda site: ClipTable.shapes(count(site)), record)
 
@@ -132,14 +158,21 @@ def packed_expert(run: Workload, expert: ExpertRun) -> Size:
     formats = run.parameter("format")
     targets = {f"blocks.0.{path}": shape for site in expert.sites for path, shape in site.linears.items()}
     settings = QuantizationSettings(
-        weight_format=formats.weight, activation_format=formats.activation, activation_rounding=formats.e8m0_activation,
-        rank=run.parameter("lowrank", expert.name).rank, mean_subtraction=run.parameter("center", expert.name).means, rotations={},
-        bin_edges=tuple(range(len(expert.steps), -1, -1)), targets=tuple(targets),
+        weight_format=formats.weight,
+        activation_format=formats.activation,
+        activation_rounding=formats.e8m0_activation,
+        rank=run.parameter("lowrank", expert.name).rank,
+        mean_subtraction=run.parameter("center", expert.name).means,
+        rotations={},
+        bin_edges=tuple(range(len(expert.steps), -1, -1)),
+        targets=tuple(targets),
     )
     tensors: Shapes = {}
     for target, shape in targets.items():
         tensors |= {f"{target}.{name}": value for name, value in linear_layout(settings, *shape).items()}
-    names = expert.blocks * (len(tensors) + len(targets) + 10) + 20  # biases, norms and modulation; what stands outside the blocks
+    names = (
+        expert.blocks * (len(tensors) + len(targets) + 10) + 20
+    )  # biases, norms and modulation; what stands outside the blocks
     texts = names * 95 + expert.blocks * len(targets) * 50
     return Size(expert.blocks * safetensors_bytes(tensors) + expert.rest_bytes + texts, expert.blocks + 3)
 
@@ -147,9 +180,13 @@ def packed_expert(run: Workload, expert: ExpertRun) -> Size:
 def safetensors_bytes(tensors: Shapes) -> int:
     """Size of a safetensors file without metadata."""
     entries, offset = [], 0
-    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):  # as safetensors lays them out
+    for name, (shape, dtype) in sorted(
+        tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])
+    ):  # as safetensors lays them out
         size = prod(shape) * dtype.itemsize
-        entries.append(f'"{name}":{{"dtype":"{CODES[dtype]}","shape":[{",".join(map(str, shape))}],"data_offsets":[{offset},{offset + size}]}}')
+        entries.append(
+            f'"{name}":{{"dtype":"{CODES[dtype]}","shape":[{",".join(map(str, shape))}],"data_offsets":[{offset},{offset + size}]}}'
+        )
         offset += size
     header = len(",".join(entries)) + 2
     return 8 + -(-header // 8) * 8 + offset

@@ -13,7 +13,9 @@ from stepquant.recipe.site_statistics import FEW_TOKENS
 SAMPLING = ("trajectories", "generate")
 
 # Which parameter makes a stage smaller. Weights of a whole expert have to fit where videos are sampled.
-SAMPLE_ELSEWHERE = "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
+SAMPLE_ELSEWHERE = (
+    "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
+)
 SMALLER = {
     "trajectories": SAMPLE_ELSEWHERE,
     "generate": SAMPLE_ELSEWHERE,
@@ -23,19 +25,29 @@ SMALLER = {
     "clip": "lower capture.search_tokens",
     "pack": "no parameter helps: one block has to fit",
 }
-LESS_DISK = "lower capture.steps_per_bin or the numbers of prompts in trajectories: each replayed call leaves its hidden states"
+LESS_DISK = (
+    "lower capture.steps_per_bin or the numbers of prompts in trajectories: each replayed call leaves its hidden states"
+)
 
 
 def plan_table(run: Workload, machine: Machine) -> Table:
     """A row per stage: time, peak memory, what it leaves on disk and what it needs there meanwhile."""
-    table = Table(title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk", title_justify="left")
+    table = Table(
+        title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk",
+        title_justify="left",
+    )
     for column in ("stage", "time", "host", "device", "out", "scratch"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     costs = stage_costs(run, machine)
     for cost in costs:
         table.add_row(cost.stage, duration(cost.seconds), *map(_size, (cost.host, cost.device, cost.out, cost.scratch)))
     own = [cost for cost in costs if not cost.stage.startswith(SAMPLING)]
-    most = (max(cost.host for cost in own), max(cost.device for cost in own), sum(cost.out for cost in own), max(cost.scratch for cost in own))
+    most = (
+        max(cost.host for cost in own),
+        max(cost.device for cost in own),
+        sum(cost.out for cost in own),
+        max(cost.scratch for cost in own),
+    )
     table.add_row("all but sampling", duration(sum(cost.seconds for cost in own)), *map(_size, most), style="bold")
     return table
 
@@ -46,7 +58,10 @@ def warnings(run: Workload, machine: Machine) -> Iterator[str]:
     for cost in costs:
         short = [
             f"{_size(needed)} of {what} and has {_size(there)}"
-            for what, needed, there in (("memory", cost.host, machine.host_bytes), ("device memory", cost.device, machine.device_bytes))
+            for what, needed, there in (
+                ("memory", cost.host, machine.host_bytes),
+                ("device memory", cost.device, machine.device_bytes),
+            )
             if there is not None and needed > there
         ]
         if short:

@@ -10,7 +10,14 @@ from typing import Any
 
 from stepquant.errors import UserError
 from stepquant.models.bins import expert_bins
-from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest, read_manifest
+from stepquant.models.manifest import (
+    Compression,
+    DenoiserInputs,
+    ExpertManifest,
+    ModelManifest,
+    SiteManifest,
+    read_manifest,
+)
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.source import COMPRESSION, EXPERT_FOLDERS, describe_experts
 
@@ -93,7 +100,10 @@ class Workload:
     def prompts(self) -> dict[str, int]:
         """Prompts per split: as the params say, as the manifest of prompts has, or as assumed."""
         trajectories, generate = self.parameter("trajectories"), self.parameter("generate")
-        recorded = {split: _count(getattr(trajectories, f"{split}_prompts"), Path(trajectories.manifest), split) for split in RECORDED}
+        recorded = {
+            split: _count(getattr(trajectories, f"{split}_prompts"), Path(trajectories.manifest), split)
+            for split in RECORDED
+        }
         return recorded | {"evaluation": _count(generate.prompts, Path(generate.manifest), "evaluation")}
 
     @property
@@ -137,13 +147,22 @@ class Workload:
         sites = [self._site(site, shape) for site, shape in described.sites.items()]
         branches = 2 if sampling.guidance_scale > 1 else 1
         return ExpertRun(
-            name, described.subfolder, described.blocks, tuple(sites), described.bf16_bytes, tuple(steps), branches, self.prompts,
+            name,
+            described.subfolder,
+            described.blocks,
+            tuple(sites),
+            described.bf16_bytes,
+            tuple(steps),
+            branches,
+            self.prompts,
             self.parameter("capture").steps_per_bin,
         )
 
     def _site(self, name: str, described: SiteManifest) -> SiteShape:
         per_bin = described.depends_on_timestep
-        return SiteShape(name, described.linears, per_bin, self.tokens if per_bin else self.parameter("sampling").max_sequence_length)
+        return SiteShape(
+            name, described.linears, per_bin, self.tokens if per_bin else self.parameter("sampling").max_sequence_length
+        )
 
 
 def timesteps(steps: int, shift: float) -> list[float]:
@@ -166,14 +185,18 @@ def find_model(source: str, revision: str | None, recorded: Path) -> tuple[Model
     elif recorded.is_file() and read_manifest(recorded).source == source:
         found = read_manifest(recorded)
     else:
-        raise UserError(f"model.source: {source} is neither a local folder nor known here; run `stepquant model`, which downloads and describes it")
+        raise UserError(
+            f"model.source: {source} is neither a local folder nor known here; run `stepquant model`, which downloads and describes it"
+        )
     return found, OTHER_BYTES.get(source, 0) or _other_bytes(folder, found)
 
 
 def _other_bytes(folder: Path, manifest: ModelManifest) -> int:
     """Bytes of a local pipeline's components other than the experts."""
     experts = {described.subfolder for described in manifest.experts.values()}
-    files = (path for path in folder.glob("*/**/*") if path.is_file() and path.relative_to(folder).parts[0] not in experts)
+    files = (
+        path for path in folder.glob("*/**/*") if path.is_file() and path.relative_to(folder).parts[0] not in experts
+    )
     return sum(path.stat().st_size for path in files)
 
 
@@ -193,12 +216,15 @@ def wan_expert(
     shapes = {"ffn.net.0.proj": (ffn, width), "ffn.net.2": (width, ffn)}
     sites = {
         site.name: SiteManifest(
-            depends_on_timestep=site.depends_on_timestep, linears={path: shapes.get(path, (width, width)) for path in site.linears}
+            depends_on_timestep=site.depends_on_timestep,
+            linears={path: shapes.get(path, (width, width)) for path in site.linears},
         )
         for site in WAN_SITES
     }
     inputs = DenoiserInputs(in_channels=36, out_channels=16, patch_size=(1, 2, 2), text_dim=text_dim)
-    return ExpertManifest(subfolder=subfolder, t_range=t_range, blocks=blocks, sites=sites, inputs=inputs, bf16_bytes=bf16_bytes)
+    return ExpertManifest(
+        subfolder=subfolder, t_range=t_range, blocks=blocks, sites=sites, inputs=inputs, bf16_bytes=bf16_bytes
+    )
 
 
 # 14,288,901,184 parameters an expert (the files of the hub agree); text encoder 11.36 GB in BF16, VAE 0.51 GB in float32.
@@ -212,7 +238,10 @@ KNOWN = {
         pipeline="WanImageToVideoPipeline",
         num_train_timesteps=1000,
         compression=Compression.model_validate(COMPRESSION),
-        experts={name: wan_expert(subfolder, _A14B_RANGES[name], **_A14B_EXPERT) for name, subfolder in EXPERT_FOLDERS.items()},
+        experts={
+            name: wan_expert(subfolder, _A14B_RANGES[name], **_A14B_EXPERT)
+            for name, subfolder in EXPERT_FOLDERS.items()
+        },
     )
 }
 OTHER_BYTES = {_A14B: 11_870_000_000}

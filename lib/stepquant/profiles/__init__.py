@@ -8,7 +8,9 @@ from stepquant.errors import UserError
 
 def read_profiles() -> dict[str, str]:
     """Name -> text of every profile."""
-    return {p.name.removesuffix(".yaml"): p.read_text() for p in files(__package__).iterdir() if p.name.endswith(".yaml")}
+    return {
+        p.name.removesuffix(".yaml"): p.read_text() for p in files(__package__).iterdir() if p.name.endswith(".yaml")
+    }
 
 
 def overlay(current: str | None, profile: str) -> str:

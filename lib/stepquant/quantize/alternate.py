@@ -56,7 +56,9 @@ class RoundingProblem:
         return torch.addmm(thin, self.hessian, thin, beta=self.factor.ridge)
 
 
-def make_problem(W: Tensor, transform: InputTransform, hessian: Tensor, noise: Tensor | None, *, damping: float, act_order: bool) -> RoundingProblem:
+def make_problem(
+    W: Tensor, transform: InputTransform, hessian: Tensor, noise: Tensor | None, *, damping: float, act_order: bool
+) -> RoundingProblem:
     """The problem of W [N, K] under second moments [K, K] and noise [K] of the transformed input. Raises UserError as `inverse_factor`."""
     factor = inverse_factor(hessian, damping=damping, act_order=act_order, noise=noise)
     return RoundingProblem(W, transform, transform.weight(W), hessian, noise, factor)
@@ -64,7 +66,9 @@ def make_problem(W: Tensor, transform: InputTransform, hessian: Tensor, noise: T
 
 def with_damping(problem: RoundingProblem, damping: float, *, act_order: bool) -> RoundingProblem:
     """The same problem under another damping. Raises UserError as `inverse_factor`."""
-    return replace(problem, factor=inverse_factor(problem.hessian, damping=damping, act_order=act_order, noise=problem.noise))
+    return replace(
+        problem, factor=inverse_factor(problem.hessian, damping=damping, act_order=act_order, noise=problem.noise)
+    )
 
 
 def select_rows(problem: RoundingProblem, rows: Tensor) -> RoundingProblem:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from stepquant.formats import Format
-from stepquant.quantize.quantized_layer import QuantizedLayer, dequantized_weight, fake_quantize_input, low_rank_path, relative_error
+from stepquant.quantize.quantized_layer import (
+    QuantizedLayer,
+    dequantized_weight,
+    fake_quantize_input,
+    low_rank_path,
+    relative_error,
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,17 @@ class ClipChoice:
     single: int
 
 
-def clip_candidates(ratios: Sequence[float], exponent_offsets: Sequence[int], activation: Format) -> list[ClipCandidate]:
+def clip_candidates(
+    ratios: Sequence[float], exponent_offsets: Sequence[int], activation: Format
+) -> list[ClipCandidate]:
     """All pairs, in the order given; only mxfp4 has an exponent to offset, the other formats get the ratios alone."""
     offsets = exponent_offsets if activation.name == "mxfp4" else (0,)
     return [ClipCandidate(ratio, offset) for ratio, offset in product(ratios, offsets)]
 
 
-def clip_errors(bins: Sequence[Tensor], W: Tensor, factors: QuantizedLayer, candidates: Sequence[ClipCandidate]) -> Tensor:
+def clip_errors(
+    bins: Sequence[Tensor], W: Tensor, factors: QuantizedLayer, candidates: Sequence[ClipCandidate]
+) -> Tensor:
     """Relative output error of each candidate on each bin's tokens, float32 [bins, C].
 
     bins: raw inputs x [T, K] of each bin; W [N, K] is the weight of the unquantized layer, whose output (without bias) is the
@@ -50,10 +60,14 @@ def clip_errors(bins: Sequence[Tensor], W: Tensor, factors: QuantizedLayer, cand
     return torch.stack([_errors_of_bin(x, W, Q, factors, candidates) for x in bins])
 
 
-def _errors_of_bin(x: Tensor, W: Tensor, Q: Tensor, factors: QuantizedLayer, candidates: Sequence[ClipCandidate]) -> Tensor:
+def _errors_of_bin(
+    x: Tensor, W: Tensor, Q: Tensor, factors: QuantizedLayer, candidates: Sequence[ClipCandidate]
+) -> Tensor:
     reference = x @ W.T
     z, exact = factors.transform.apply(x), low_rank_path(x, factors)  # the same for every candidate
-    seen = (fake_quantize_input(z, factors.scheme, candidate.ratio, candidate.exponent_offset) for candidate in candidates)
+    seen = (
+        fake_quantize_input(z, factors.scheme, candidate.ratio, candidate.exponent_offset) for candidate in candidates
+    )
     return torch.stack([relative_error(torch.addmm(exact, rounded, Q.T), reference) for rounded in seen])
 
 

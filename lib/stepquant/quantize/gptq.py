@@ -64,7 +64,9 @@ def inverse_factor(H: Tensor, *, damping: float, act_order: bool, noise: Tensor 
     check_finite(H, "GPTQ second moments")
     diagonal, dead = _revived_diagonal(H.diagonal().float() + (0 if noise is None else noise))
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
-    ordered = H.float()[order[:, None], order]  # a copy, which is worked on in place from here: at 13,824 columns it is 0.76 GB
+    ordered = H.float()[
+        order[:, None], order
+    ]  # a copy, which is worked on in place from here: at 13,824 columns it is 0.76 GB
     ordered.diagonal().copy_(diagonal[order])
     U, damping, retries = _factorize(ordered, damping)
     return InverseFactor(U, order, damping, damping * diagonal.mean().item(), retries, int(dead.sum()))
@@ -147,6 +149,9 @@ def _inverse_triangle(R: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(R, torch.eye(K, dtype=R.dtype, device=R.device), upper=True)
     half = K // 2
     inverse = torch.zeros_like(R)
-    inverse[:half, :half], inverse[half:, half:] = _inverse_triangle(R[:half, :half]), _inverse_triangle(R[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = (
+        _inverse_triangle(R[:half, :half]),
+        _inverse_triangle(R[half:, half:]),
+    )
     inverse[:half, half:] = -(inverse[:half, :half] @ R[:half, half:]) @ inverse[half:, half:]
     return inverse

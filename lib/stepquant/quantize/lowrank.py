@@ -69,7 +69,9 @@ def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> T
 
 def _check_rank(W: Tensor, rank: int) -> None:
     if not 0 <= rank <= min(W.shape):
-        raise UserError(f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}")
+        raise UserError(
+            f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}"
+        )
 
 
 def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,9 @@ def fake_quantize_input(z: Tensor, scheme: QuantScheme, clip: float | Tensor, ex
     """The transformed input z [T, K] as the 4-bit GEMM sees it; as it is where activations stay unquantized."""
     if scheme.activation is None:
         return z
-    return scheme.activation.fake_quantize(z, clip=clip, exponent_offset=exponent_offset, rounding=scheme.activation_rounding)
+    return scheme.activation.fake_quantize(
+        z, clip=clip, exponent_offset=exponent_offset, rounding=scheme.activation_rounding
+    )
 
 
 def rounding_noise(samples: Sequence[Tensor], transform: InputTransform, scheme: QuantScheme) -> Tensor:

@@ -37,13 +37,17 @@ def smoothing_factor(x_magnitude: Tensor, w_magnitude: Tensor, *, alpha: float, 
     return torch.where(live, log_s + size, torch.zeros_like(log_s)).exp().to(torch.bfloat16)
 
 
-def nearest_factors(W: Tensor, transform: InputTransform, *, rank: int, seed: int, scheme: QuantScheme) -> QuantizedLayer:
+def nearest_factors(
+    W: Tensor, transform: InputTransform, *, rank: int, seed: int, scheme: QuantScheme
+) -> QuantizedLayer:
     """SVDQuant without GPTQ: the branch of W*s, and the residual rounded to nearest. W [N, K]."""
     down, up = low_rank_factors(W.float() * transform.smooth.float(), rank, seed=seed)
     return round_to_nearest(W, transform, *stored_branch(down, up, transform.smooth), scheme)
 
 
-def round_to_nearest(W: Tensor, transform: InputTransform, proj_down: Tensor, proj_up: Tensor, scheme: QuantScheme) -> QuantizedLayer:
+def round_to_nearest(
+    W: Tensor, transform: InputTransform, proj_down: Tensor, proj_up: Tensor, scheme: QuantScheme
+) -> QuantizedLayer:
     """The layer whose residual under a given branch (bfloat16, as stored) is rounded to nearest."""
     rest = transform.residual(W, proj_down, proj_up)
     scales = weight_scales(scheme.weight, rest, rounding=scheme.weight_rounding)
@@ -97,17 +101,30 @@ def search_transform(
     errors: list[float] = []
     for alpha, beta in exponents:
         smooth = smoothing_factor(x_magnitude, w_magnitude, alpha=alpha, beta=beta)
-        candidate = InputTransform(smooth, mean, rotations[0]), stored_branch(*low_rank_factors(W * smooth.float(), rank, seed=seed), smooth)
+        candidate = (
+            InputTransform(smooth, mean, rotations[0]),
+            stored_branch(*low_rank_factors(W * smooth.float(), rank, seed=seed), smooth),
+        )
         errors.append(error(*candidate))
-        if errors.index(min(errors)) == len(errors) - 1:  # only the best is kept: at 13,824 channels each takes its share of memory
+        if (
+            errors.index(min(errors)) == len(errors) - 1
+        ):  # only the best is kept: at 13,824 channels each takes its share of memory
             (transform, branch), chosen = candidate, (alpha, beta)
-    rotation_errors = (min(errors), *(error(replace(transform, rotation=rotation), branch) for rotation in rotations[1:]))
+    rotation_errors = (
+        min(errors),
+        *(error(replace(transform, rotation=rotation), branch) for rotation in rotations[1:]),
+    )
     transform = replace(transform, rotation=rotations[rotation_errors.index(min(rotation_errors))])
     return TransformSearch(transform, *branch, *chosen, tuple(errors), rotation_errors)
 
 
 def search_score(
-    W: Tensor, x: Tensor, reference: Tensor, transform: InputTransform, branch: tuple[Tensor, Tensor], scheme: QuantScheme
+    W: Tensor,
+    x: Tensor,
+    reference: Tensor,
+    transform: InputTransform,
+    branch: tuple[Tensor, Tensor],
+    scheme: QuantScheme,
 ) -> float:
     """Relative output error on x [T, K] of the layer rounded to nearest under a transform and a stored branch; reference is x W^T."""
     return relative_error(layer_output(x, round_to_nearest(W, transform, *branch, scheme), 1.0, 0), reference).item()

@@ -27,7 +27,15 @@ LEARNING_RATE = 0.05  # of log s
 
 
 def refine_smoothing(
-    W: Tensor, x: Tensor, validation: Tensor, found: TransformSearch, *, steps: int, rank: int, seed: int, scheme: QuantScheme
+    W: Tensor,
+    x: Tensor,
+    validation: Tensor,
+    found: TransformSearch,
+    *,
+    steps: int,
+    rank: int,
+    seed: int,
+    scheme: QuantScheme,
 ) -> TransformSearch:
     """What the search found with its smoothing moved by gradient on x, if that lowers the output error on `validation`; else as it was.
 
@@ -66,7 +74,13 @@ def descend_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group:
             z = rotate(tokens / s, transform.rotation).unflatten(-1, (-1, group))
             largest = _largest_squared(z).mean(0)
             blocks = s.unflatten(0, (-1, block))
-            norms = ((turn @ (blocks[:, :, None] * gram * blocks[:, None])) * turn).sum(-1).flatten().unflatten(0, (-1, group)).sum(-1)
+            norms = (
+                ((turn @ (blocks[:, :, None] * gram * blocks[:, None])) * turn)
+                .sum(-1)
+                .flatten()
+                .unflatten(0, (-1, group))
+                .sum(-1)
+            )
             loss = (norms * (largest + z.square().mean((0, 2)))).sum().log()
             optimizer.zero_grad()
             loss.backward()

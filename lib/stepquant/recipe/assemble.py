@@ -10,7 +10,9 @@ from stepquant.recipe.site_files import ClipTable, ResidualFactors, TransformFac
 from stepquant.recipe.variants import Variant
 
 
-def variant_layer(W: Tensor, factors: TransformFactors | None, residual: ResidualFactors | None, scheme: QuantScheme) -> QuantizedLayer:
+def variant_layer(
+    W: Tensor, factors: TransformFactors | None, residual: ResidualFactors | None, scheme: QuantScheme
+) -> QuantizedLayer:
     """A site's weights [N, K] from the factors that a variant takes: GPTQ's codes if `residual` is given, else rounded to nearest under
     the transform and branch of `factors`, or as the weight is where that is None too."""
     if residual is not None:
@@ -23,7 +25,9 @@ def variant_layer(W: Tensor, factors: TransformFactors | None, residual: Residua
     return round_to_nearest(W, InputTransform.smoothing(ones), *nothing, scheme)
 
 
-def variant_clip(variant: Variant, table: ClipTable | None, bins: int, scheme: QuantScheme) -> tuple[Tensor | None, Tensor | None]:
+def variant_clip(
+    variant: Variant, table: ClipTable | None, bins: int, scheme: QuantScheme
+) -> tuple[Tensor | None, Tensor | None]:
     """Clip ratio float32 [bins] and E8M0 exponent offset int8 [bins] as a checkpoint stores them; None where the layout has none.
 
     A site that does not depend on t has one clip, which every bin gets. Without a table nothing is clipped.

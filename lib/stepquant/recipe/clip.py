@@ -12,12 +12,16 @@ from stepquant.recipe.site_files import ClipTable
 from stepquant.recipe.site_statistics import SiteStatistics
 
 
-def clip_site(W: Tensor, layer: QuantizedLayer, statistics: SiteStatistics, settings: ClipSettings) -> tuple[ClipTable, dict[str, Any]]:
+def clip_site(
+    W: Tensor, layer: QuantizedLayer, statistics: SiteStatistics, settings: ClipSettings
+) -> tuple[ClipTable, dict[str, Any]]:
     """The best clip of each bin, and the best single one over all bins, by the output error against W [N, K] on search tokens.
 
     Returns what is stored, and a record of all candidates' errors, in JSON types.
     """
-    candidates = clip_candidates(settings.clip.ratios, settings.clip.exponent_offsets, quant_scheme(settings.format).activation)
+    candidates = clip_candidates(
+        settings.clip.ratios, settings.clip.exponent_offsets, quant_scheme(settings.format).activation
+    )
     errors = clip_errors(statistics.search, W, layer, candidates)
     choice = choose_clip(errors)
     ratios = torch.tensor([c.ratio for c in candidates])

@@ -13,7 +13,9 @@ from stepquant.recipe.site_files import TransformFactors
 from stepquant.recipe.site_statistics import SiteStatistics
 
 
-def factor_site(W: Tensor, statistics: SiteStatistics, settings: FactorSettings) -> tuple[TransformFactors, dict[str, Any]]:
+def factor_site(
+    W: Tensor, statistics: SiteStatistics, settings: FactorSettings
+) -> tuple[TransformFactors, dict[str, Any]]:
     """Search smoothing and rotation of a site with the weight W [N, K], refine the smoothing by gradient, factor the outliers.
 
     Returns what is stored (bfloat16, as used from here on), and a record of the candidates and their errors, in JSON types.
@@ -23,10 +25,14 @@ def factor_site(W: Tensor, statistics: SiteStatistics, settings: FactorSettings)
     exponents, rotations = smoothing_exponents(settings.smooth), settings.rotate.hadamard_sizes
     magnitude, samples = channel_magnitude(statistics, mean, settings.smooth.magnitude), statistics.search
     rank, seed, scheme = settings.lowrank.rank, settings.lowrank.seed, quant_scheme(settings.format)
-    search = search_transform(W, torch.cat(samples), magnitude, mean, exponents, rotations, rank=rank, seed=seed, scheme=scheme)
+    search = search_transform(
+        W, torch.cat(samples), magnitude, mean, exponents, rotations, rank=rank, seed=seed, scheme=scheme
+    )
     # A sample is in the order of the prompts: one half of them to learn from, the other to decide by.
     learn, validation = (torch.cat(halves) for halves in zip(*(x.tensor_split(2) for x in samples)))
-    search = refine_smoothing(W, learn, validation, search, steps=settings.smooth.gradient_steps, rank=rank, seed=seed, scheme=scheme)
+    search = refine_smoothing(
+        W, learn, validation, search, steps=settings.smooth.gradient_steps, rank=rank, seed=seed, scheme=scheme
+    )
     transform = search.transform
     record = {
         "alpha": search.alpha,
@@ -38,7 +44,9 @@ def factor_site(W: Tensor, statistics: SiteStatistics, settings: FactorSettings)
         "rotations": rotations,
         "rotation_errors": search.rotation_errors,
     }
-    return TransformFactors(transform.mean, transform.smooth, transform.rotation, search.proj_down, search.proj_up), record
+    return TransformFactors(
+        transform.mean, transform.smooth, transform.rotation, search.proj_down, search.proj_up
+    ), record
 
 
 def smoothing_exponents(settings: Smooth) -> list[tuple[float, float]]:

@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from stepquant.formats import Scales, weight_scales
-from stepquant.quantize.alternate import RoundingProblem, initial_branch, make_problem, refit_branch, rounded_by_gptq, select_rows
+from stepquant.quantize.alternate import (
+    RoundingProblem,
+    initial_branch,
+    make_problem,
+    refit_branch,
+    rounded_by_gptq,
+    select_rows,
+)
 from stepquant.quantize.clip import UNCLIPPED, clip_errors
 from stepquant.quantize.damping import search_damping, validation_rows
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme, rounding_noise
@@ -77,7 +84,9 @@ def round_under(problem: RoundingProblem, settings: RoundSettings) -> Callable[[
     """GPTQ of what a branch (proj_down, proj_up) leaves, with scales as the params want them."""
     scheme = quant_scheme(settings.format)
     choose = partial(choose_scales, settings.gptq.scales, scheme)
-    return partial(rounded_by_gptq, problem, scheme=scheme, choose_scales=choose, column_block=settings.gptq.column_block)
+    return partial(
+        rounded_by_gptq, problem, scheme=scheme, choose_scales=choose, column_block=settings.gptq.column_block
+    )
 
 
 def choose_scales(rule: str, scheme: QuantScheme, residual: Tensor) -> Scales:

@@ -9,7 +9,9 @@ from stepquant.quantize.quantized_layer import QuantScheme
 
 def quant_scheme(formats: Format) -> QuantScheme:
     """The formats section as the numerics take it. Raises UserError for a format that does not exist."""
-    return QuantScheme(get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation)
+    return QuantScheme(
+        get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation
+    )
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ class ResidualFactors:
     def layer(self, transform: InputTransform, scheme: QuantScheme) -> QuantizedLayer:
         """The site's final weights as the numerics take them."""
         scales = Scales(self.scales, self.tensor_scale)
-        return QuantizedLayer(unpack_nibbles(self.codes), scales, transform, self.proj_down, self.proj_up, self.offset, scheme)
+        return QuantizedLayer(
+            unpack_nibbles(self.codes), scales, transform, self.proj_down, self.proj_up, self.offset, scheme
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -144,7 +146,11 @@ class ClipTable:
 
 def block_tensors(sites: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
     """What a block's factors.safetensors holds, from its sites' records, on the CPU."""
-    return {f"{site}.{name}": tensor.cpu().contiguous() for site, record in sites.items() for name, tensor in record.tensors().items()}
+    return {
+        f"{site}.{name}": tensor.cpu().contiguous()
+        for site, record in sites.items()
+        for name, tensor in record.tensors().items()
+    }
 
 
 def _branch_shapes(N: int, K: int, rank: int) -> Shapes:
@@ -160,4 +166,6 @@ def _read(folder: Path, site: str, names: list[str], device: str, optional: tupl
             wanted = [name for name in names if name not in optional or f"{site}.{name}" in there]
             return {name: file.get_tensor(f"{site}.{name}") for name in wanted}
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); remove {folder.parent} and run its stage again") from None
+        raise UserError(
+            f"{path}: missing or damaged ({error}); remove {folder.parent} and run its stage again"
+        ) from None

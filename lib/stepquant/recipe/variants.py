@@ -30,30 +30,50 @@ class Variant:
 VARIANTS = {
     "w4a16": Variant(
         "The weights of full, solved for quantized activations, with activations left in BF16.",
-        low_rank=True, gptq=True, activations=False, clip=None,
+        low_rank=True,
+        gptq=True,
+        activations=False,
+        clip=None,
     ),
     "rtn": Variant(
         "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
-        low_rank=False, gptq=False, activations=True, clip=None,
+        low_rank=False,
+        gptq=False,
+        activations=True,
+        clip=None,
     ),
     "svdquant": Variant(
         "Inputs centered, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
-        low_rank=True, gptq=False, activations=True, clip=None,
+        low_rank=True,
+        gptq=False,
+        activations=True,
+        clip=None,
     ),
     "svdquant_gptq": Variant(
         "The same, with the residual rounded by GPTQ, and the low-rank branch refitted to what that lost.",
-        low_rank=True, gptq=True, activations=True, clip=None,
+        low_rank=True,
+        gptq=True,
+        activations=True,
+        clip=None,
     ),
     "one_clip": Variant(
         "svdquant_gptq, and one activation clip per site for the whole trajectory.",
-        low_rank=True, gptq=True, activations=True, clip="single",
+        low_rank=True,
+        gptq=True,
+        activations=True,
+        clip="single",
     ),
     "full": Variant(
         "svdquant_gptq, and an activation clip per site and timestep bin.",
-        low_rank=True, gptq=True, activations=True, clip="per_bin",
+        low_rank=True,
+        gptq=True,
+        activations=True,
+        clip="per_bin",
     ),
 }
-DESCRIPTIONS = {REFERENCE: "The source model, the reference of everything else."} | {name: v.description for name, v in VARIANTS.items()}
+DESCRIPTIONS = {REFERENCE: "The source model, the reference of everything else."} | {
+    name: v.description for name, v in VARIANTS.items()
+}
 ORDER = tuple(DESCRIPTIONS)
 
 

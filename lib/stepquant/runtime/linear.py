@@ -22,7 +22,9 @@ class W4A4Linear(nn.Linear):
     of x; scales, smoothing and rounding are computed in float32. Buffers are uninitialized until tensors are loaded.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, settings: QuantizationSettings, device, rotation: int = 0):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, settings: QuantizationSettings, device, rotation: int = 0
+    ):
         """settings say the formats, rank and bins; rotation is this linear's own. Raises UserError if a format's group or the
         rotation does not divide in_features."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate the float weight

@@ -45,6 +45,8 @@ def follow_timestep(denoiser: nn.Module, edges: Sequence[float]) -> None:
     denoiser.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _set_bin_from_call(denoiser: nn.Module, args: tuple, kwargs: dict, *, position: int, edges: tuple[float, ...]) -> None:
+def _set_bin_from_call(
+    denoiser: nn.Module, args: tuple, kwargs: dict, *, position: int, edges: tuple[float, ...]
+) -> None:
     timestep = kwargs["timestep"] if "timestep" in kwargs else args[position]
     set_bin(denoiser, bin_index(timestep, edges))

@@ -8,9 +8,17 @@ from pathlib import Path
 
 # Plumbing: reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
 PLUMBING = (
-    "stepquant.command_runner", "stepquant.compute", "stepquant.errors", "stepquant.params",
-    "stepquant.storage.atomic", "stepquant.storage.code_version", "stepquant.storage.digests", "stepquant.storage.json_files",
-    "stages.__init__", "stages._artifacts", "stages._stage",
+    "stepquant.command_runner",
+    "stepquant.compute",
+    "stepquant.errors",
+    "stepquant.params",
+    "stepquant.storage.atomic",
+    "stepquant.storage.code_version",
+    "stepquant.storage.digests",
+    "stepquant.storage.json_files",
+    "stages.__init__",
+    "stages._artifacts",
+    "stages._stage",
 )
 
 

@@ -14,7 +14,9 @@ def content_key(**parts: Any) -> str:
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder by its relative path, sorted. Hidden files and folders are left out."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {name: file_digest(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))}
+    return {
+        name: file_digest(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))
+    }
 
 
 def file_digest(path: Path) -> str:

@@ -59,7 +59,9 @@ def reported(place: object) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("obstore"):
             raise
-        raise UserError(f"{place}: {str(error).splitlines()[0]}; check the address, the credentials in the environment and the network") from None
+        raise UserError(
+            f"{place}: {str(error).splitlines()[0]}; check the address, the credentials in the environment and the network"
+        ) from None
 
 
 def _open(url: str) -> Any:

@@ -31,7 +31,12 @@ def write_group(folder: Path, tensors: dict[str, torch.Tensor], attributes: dict
         array = view.numpy()
         chunks = (1, *array.shape[1:]) if array.ndim >= 3 else array.shape
         stored = group.create_array(
-            name, shape=array.shape, chunks=tuple(max(1, n) for n in chunks), dtype=array.dtype, compressors=None, attributes=extra,
+            name,
+            shape=array.shape,
+            chunks=tuple(max(1, n) for n in chunks),
+            dtype=array.dtype,
+            compressors=None,
+            attributes=extra,
             config={"write_empty_chunks": True},
         )
         stored[...] = array
@@ -40,7 +45,11 @@ def write_group(folder: Path, tensors: dict[str, torch.Tensor], attributes: dict
 
 def group_metadata(attributes: dict[str, Any]) -> str:
     """The zarr.json of a complete group whose members are written elsewhere."""
-    return json.dumps({"attributes": attributes | {"complete": True}, "zarr_format": 3, "node_type": "group"}, indent=2, sort_keys=True)
+    return json.dumps(
+        {"attributes": attributes | {"complete": True}, "zarr_format": 3, "node_type": "group"},
+        indent=2,
+        sort_keys=True,
+    )
 
 
 def open_group(folder: Path) -> zarr.Group:
@@ -67,9 +76,13 @@ def read_tensor(group: zarr.Group, name: str, index: Any = ...) -> torch.Tensor:
         array = group[name]
         expected, found = prod(-(-n // c) for n, c in zip(array.shape, array.chunks)), array.nchunks_initialized
         if found != expected:
-            raise UserError(f"{where}: {found} of {expected} chunks are there; remove the folder and run its stage again")
+            raise UserError(
+                f"{where}: {found} of {expected} chunks are there; remove the folder and run its stage again"
+            )
         try:
             tensor = torch.from_numpy(array[index])
         except ValueError as error:
-            raise UserError(f"{where}: a chunk is truncated ({error}); remove the folder and run its stage again") from None
+            raise UserError(
+                f"{where}: a chunk is truncated ({error}); remove the folder and run its stage again"
+            ) from None
     return tensor.view(torch.bfloat16) if array.attrs.get("view") == "bfloat16" else tensor
