@@ -56,5 +56,5 @@ class PackedExpert:
         """Stacked output [T, N] of a site's linears for x [T, K] under the clip of a bin."""
         for linear in linears:
             # A variant without a clip search was packed with one bin over the whole range.
-            linear.bin.fill_(min(timestep_bin, self.settings.bins - 1))
+            linear.bin.set(min(timestep_bin, self.settings.bins - 1))
         return torch.cat([linear(x) for linear in linears], dim=1)
