@@ -119,7 +119,9 @@ def test_the_timestep_sets_the_bin(packed, tools):
     inputs = {"hidden_states": torch.zeros(1, 36, 2, 4, 4), "encoder_hidden_states": torch.zeros(1, 3, 128)}
     for t, expected in ((899, 0), (600, 1), (299, 2)):  # edges 900, 600, 300, 0
         model(**inputs, timestep=torch.tensor([t]))
-        assert {m.bin.on(torch.device("cpu")).item() for m in model.modules() if isinstance(m, W4A4Linear)} == {expected}
+        assert {m.bin.on(torch.device("cpu")).item() for m in model.modules() if isinstance(m, W4A4Linear)} == {
+            expected
+        }
 
 
 def test_save_pretrained_round_trip(packed, tmp_path):

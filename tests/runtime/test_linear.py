@@ -108,7 +108,7 @@ def test_equals_the_definition(weight, activation, rank, bin_):
 
 
 def sylvester(order):
-    """Sylvester's Hadamard matrix, entry by entry: -1 to the number of ones that the bits of row and column have in common."""
+    """Sylvester's Hadamard matrix, entry by entry: -1 to the number of bits that are set in both row and column."""
     return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)])
 
 
