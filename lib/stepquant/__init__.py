@@ -43,14 +43,14 @@ if TYPE_CHECKING:
         UserError,
     )
 
+else:  # hidden from type checkers, which would take any name for an attribute
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'stepquant' has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'stepquant' has no attribute {name!r}")
+        from importlib import import_module
 
-    value: object = getattr(import_module(_HOMES.get(name, "stepquant.errors")), name)
-    return value
+        return getattr(import_module(_HOMES.get(name, "stepquant.errors")), name)
 
 
 def __dir__() -> list[str]:

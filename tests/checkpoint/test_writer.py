@@ -89,7 +89,7 @@ def test_sharded_source(expert, tmp_path):
 
 
 def test_one_block_at_a_time(expert, tmp_path):
-    """When a block is asked for, the one before is gone."""
+    """When a block is requested, the previous one has been freed."""
     source, settings, blocks = expert
     alive = []
 

@@ -129,7 +129,7 @@ def test_mean_subtraction_and_rotation(weight, rotation):
 
 
 def test_a_rotation_that_does_not_fit():
-    with pytest.raises(UserError, match="block 256 for 128 channels"):
+    with pytest.raises(UserError, match="256 for 128 channels"):
         make_linear("int4", "int4", rotation=256)
 
 
