@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
 
 from tests.device.traffic import LEDGER, Lease
 
@@ -154,6 +155,9 @@ def compute(op: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> A
     result = op(*unwrapped(args), **{name: unwrapped(value) for name, value in moved.items()})
     LEDGER.count("launches", described.launches)
     LEDGER.count("host_reads", described.waits or waits_for_a_mask(described, args))
+    if torch.Tag.inplace_view in op.tags:
+        with no_dispatch():
+            op(*args, **kwargs)
     check_layout(op, own.values())
     return result if to_cpu else wrapped(result, device, own)
 
@@ -244,7 +248,7 @@ def waits_for_a_mask(described: Operation, args: tuple) -> bool:
 
 
 def check_layout(op: torch._ops.OpOverload, tensors: Iterable[PretendTensor]) -> None:
-    """The claimed shape is fixed when a tensor is made; few operations change one in place."""
+    """An `out` that is resized would keep the shape that it claims."""
     for tensor in tensors:
         if tensor.shape != tensor.held.shape or tensor.stride() != tensor.held.stride():
             raise NotImplementedError(f"{op} changes a tensor's shape in place, which the device {NAME} cannot follow")

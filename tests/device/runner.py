@@ -1,0 +1,143 @@
+"""Runs stages and samples videos in this process, on any device, the pretend one included: `python -m tests.device.runner CALLS`.
+
+CALLS is JSON, {name: {"folder": where, "device": "pretend:0", "command": ["stages.capture", "--expert", "low_noise"]}}. A folder
+is laid out by `lay_out`; its params.yaml gets the device. Each folder gets a result.json, of `Result`.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+import yaml
+
+from tests.pretend_device import NAME, Traffic, pretend_device
+from tests.workspace import ROOT, Workspace
+
+RESULT = "result.json"
+# Where a stage leaves what it made for an expert or a variant.
+OUTS = {
+    "trajectories": "artifacts/trajectories.zarr",
+    "capture": "artifacts/activations/{}.zarr",
+    "lowrank": "artifacts/lowrank/{}",
+    "gptq": "artifacts/residual/{}",
+    "clip": "artifacts/clip/{}",
+    "pack": "artifacts/checkpoints/{}",
+    "generate": "artifacts/videos/{}",
+    "evaluate": "artifacts/metrics/{}.json",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a stage ended (None: well), the units of work that it counted on stderr, its traffic, and the most bytes that lived on a device."""
+
+    error: str | None
+    units: int
+    traffic: Traffic
+    peak: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Result":
+        values = json.loads((folder / RESULT).read_text())
+        return cls(**values | {"traffic": Traffic(**values["traffic"])})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One stage for one expert or variant ("" where it has none)."""
+
+    stage: str
+    instance: str
+
+    @property
+    def out(self) -> str:
+        return OUTS[self.stage].format(self.instance)
+
+    @property
+    def command(self) -> list[str]:
+        option = "--expert" if self.stage in ("capture", "lowrank", "gptq", "clip") else "--variant"
+        return [f"stages.{self.stage}", *([option, self.instance] if self.instance else [])]
+
+    def __str__(self) -> str:
+        return "@".join(filter(None, (self.stage, self.instance)))
+
+
+def run_stages(workspace: Workspace, calls: list[Call], device: str, root: Path) -> dict[Call, Result]:
+    """Run stages of a finished workspace once more, on a device, in one new process, each in a folder of its own below `root`."""
+    folders = {call: root / str(call) for call in calls}
+    for call, folder in folders.items():
+        lay_out(workspace, folder, call.out)
+    listed = {str(call): {"folder": os.fspath(folder), "device": device, "command": call.command} for call, folder in folders.items()}
+    (root / "calls.json").write_text(json.dumps(listed))
+    path = os.pathsep.join([os.fspath(ROOT / "lib"), os.fspath(ROOT)])
+    script = [sys.executable, "-m", "tests.device.runner", os.fspath(root / "calls.json")]
+    subprocess.run(script, env=workspace.environment | {"PYTHONPATH": path}, check=True)
+    return {call: Result.read(folder) for call, folder in folders.items()}
+
+
+def lay_out(workspace: Workspace, folder: Path, out: str) -> None:
+    """The workspace again, by hardlinks, as no stage changes what it reads: without units, without the out that shall be made."""
+    folder.mkdir(parents=True)
+    subprocess.run(["cp", "-al", workspace.root / "artifacts", workspace.root / "data", folder], check=True)
+    subprocess.run(["rm", "-r", folder / out], check=True)
+    (folder / "params.yaml").write_text((workspace.root / "params.yaml").read_text())
+
+
+def set_device(folder: Path, device: str) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["compute"]["device"] = device
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def run(folder: Path, device: str, command: list[str]) -> Result:
+    """Run one stage, under the pretend device if that is asked for."""
+    set_device(folder, device)
+    os.chdir(folder)
+    said = io.StringIO()
+    if not device.startswith(NAME):
+        return Result(outcome(command, said), units_in(said.getvalue()), Traffic(), 0)
+    with pretend_device() as ledger:
+        error = outcome(command, said)
+        return Result(error, units_in(said.getvalue()), ledger.traffic, max(ledger.peak.values(), default=0))
+
+
+def outcome(command: list[str], said: io.StringIO) -> str | None:
+    """What went wrong in a stage; `said` gets what it prints on stderr."""
+    stage, options = stage_of(command)
+    try:
+        with contextlib.redirect_stderr(said):
+            stage(**options)
+    except typer.Exit:
+        return said.getvalue()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def stage_of(command: list[str]) -> tuple[Callable[..., None], dict[str, str]]:
+    """The function behind `python -m stages.NAME ...`, and its options."""
+    module, *arguments = command
+    options = {flag.removeprefix("--"): value for flag, value in zip(arguments[::2], arguments[1::2])}
+    return getattr(importlib.import_module(module), module.removeprefix("stages.")), options
+
+
+def units_in(said: str) -> int:
+    """How many units of work the lines of progress have counted, such as `gptq@low_noise: 2/2, ...`; 1 if there is no such line."""
+    totals = dict(re.findall(r"^(.+): \d+/(\d+)", said, re.MULTILINE))
+    return sum(map(int, totals.values())) or 1
+
+
+if __name__ == "__main__":
+    for call in json.loads(Path(sys.argv[1]).read_text()).values():
+        folder = Path(call["folder"])
+        (folder / RESULT).write_text(json.dumps(asdict(run(folder, call["device"], call["command"]))))
