@@ -64,8 +64,7 @@ def pretend_device(limit: int | None = None) -> Iterator[Ledger]:
     limit: bytes that live on one device at a time; more raise torch.OutOfMemoryError.
     """
     _register()
-    LEDGER.counts.clear()
-    LEDGER.peak.clear()
+    LEDGER.clear()
     LEDGER.limit = limit
     try:
         # Torch runs a backward pass in one thread per device, and counts but one of a backend written in Python.

@@ -1,4 +1,8 @@
-"""What libraries beside torch know devices by name, taught the name of the pretend device for the length of a block."""
+"""What libraries beside torch know devices by name, taught the name of the pretend device for the length of a block.
+
+That is safetensors alone, whose Rust code accepts `cuda`, `npu`, `hpu` and a few more. Diffusers and accelerate go by torch.device
+and by the module torch.<name>.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from tests.device.tensor import NAME, is_pretended
 
 @contextmanager
 def libraries_that_know_the_device() -> Iterator[None]:
-    """safetensors, whose Rust code reads files onto devices by name, and copies tensors of those that it knows before it writes."""
+    """Files can be read onto the device, and its tensors written."""
     rust, flatten = safetensors.safe_open, safetensors.torch._flatten_as_ptr
 
     def flatten_on_cpu(tensors: dict[str, torch.Tensor], *args: Any) -> Any:
@@ -39,7 +43,11 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 
 class SafeOpen:
-    """safetensors.safe_open for every device: a file of the pretend device is opened on the CPU, and what it gives is moved."""
+    """safetensors.safe_open for every device: a file of the pretend device is opened on the CPU, and what it gives is moved.
+
+    What is read onto the CPU is copied out of the mapped file, where tensors are not aligned: with one row, the CPU's products
+    then differ in their last bits, which a device that has copies of everything would seem to be the cause of.
+    """
 
     original = safetensors.safe_open
 
@@ -70,4 +78,4 @@ class SafeOpen:
         return self.file.get_slice(name)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device is None else tensor.to(self.device)
+        return tensor.clone() if self.device is None else tensor.to(self.device)

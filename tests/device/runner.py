@@ -1,7 +1,7 @@
-"""Runs stages and samples videos in this process, on any device, the pretend one included: `python -m tests.device.runner CALLS`.
+"""Runs stages one after the other in this process, on any device, the pretend one included: `python -m tests.device.runner CALLS`.
 
-CALLS is JSON, {name: {"folder": where, "device": "pretend:0", "command": ["stages.capture", "--expert", "low_noise"]}}. A folder
-is laid out by `lay_out`; its params.yaml gets the device. Each folder gets a result.json, of `Result`.
+CALLS is JSON, {name: {"folder": where, "device": "pretend:0", "command": ["stages.capture", "--expert", "low_noise"], "limit": null}}.
+A folder is laid out by `lay_out`; its params.yaml gets the device. Each folder gets a result.json, of `Result`.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pathlib import Path
 import typer
 import yaml
 
+from tests.device.libraries import libraries_that_know_the_device
 from tests.pretend_device import NAME, Traffic, pretend_device
 from tests.workspace import ROOT, Workspace
 
@@ -39,12 +40,14 @@ OUTS = {
 
 @dataclass(frozen=True)
 class Result:
-    """How a stage ended (None: well), the units of work that it counted on stderr, its traffic, and the most bytes that lived on a device."""
+    """How a stage ended (None: well), the units of work that it counted on stderr, its traffic, and the most bytes that lived on each
+    device, by index; in `places`, from which lines host reads and copies came."""
 
     error: str | None
     units: int
     traffic: Traffic
-    peak: int
+    peak: dict[str, int]
+    places: dict[str, dict[str, int]]
 
     @classmethod
     def read(cls, folder: Path) -> "Result":
@@ -72,12 +75,13 @@ class Call:
         return "@".join(filter(None, (self.stage, self.instance)))
 
 
-def run_stages(workspace: Workspace, calls: list[Call], device: str, root: Path) -> dict[Call, Result]:
+def run_stages(workspace: Workspace, calls: list[Call], device: str, root: Path, limit: int | None = None) -> dict[Call, Result]:
     """Run stages of a finished workspace once more, on a device, in one new process, each in a folder of its own below `root`."""
     folders = {call: root / str(call) for call in calls}
     for call, folder in folders.items():
         lay_out(workspace, folder, call.out)
-    listed = {str(call): {"folder": os.fspath(folder), "device": device, "command": call.command} for call, folder in folders.items()}
+    common = {"device": device, "limit": limit}
+    listed = {str(call): common | {"folder": os.fspath(folder), "command": call.command} for call, folder in folders.items()}
     (root / "calls.json").write_text(json.dumps(listed))
     path = os.pathsep.join([os.fspath(ROOT / "lib"), os.fspath(ROOT)])
     script = [sys.executable, "-m", "tests.device.runner", os.fspath(root / "calls.json")]
@@ -99,16 +103,20 @@ def set_device(folder: Path, device: str) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-def run(folder: Path, device: str, command: list[str]) -> Result:
-    """Run one stage, under the pretend device if that is asked for."""
+def run(folder: Path, device: str, command: list[str], limit: int | None = None) -> Result:
+    """Run one stage, under the pretend device if that is asked for; limit: bytes that the device has."""
     set_device(folder, device)
     os.chdir(folder)
     said = io.StringIO()
     if not device.startswith(NAME):
-        return Result(outcome(command, said), units_in(said.getvalue()), Traffic(), 0)
-    with pretend_device() as ledger:
+        with libraries_that_know_the_device():
+            return Result(outcome(command, said), units_in(said.getvalue()), Traffic(), {}, {})
+    with pretend_device(limit) as ledger:
+        ledger.note_places()
         error = outcome(command, said)
-        return Result(error, units_in(said.getvalue()), ledger.traffic, max(ledger.peak.values(), default=0))
+        peak = {str(index): size for index, size in ledger.peak.items() if size}
+        places = {event: dict(found.most_common()) for event, found in ledger.places.items()}
+        return Result(error, units_in(said.getvalue()), ledger.traffic, peak, places)
 
 
 def outcome(command: list[str], said: io.StringIO) -> str | None:
@@ -140,4 +148,4 @@ def units_in(said: str) -> int:
 if __name__ == "__main__":
     for call in json.loads(Path(sys.argv[1]).read_text()).values():
         folder = Path(call["folder"])
-        (folder / RESULT).write_text(json.dumps(asdict(run(folder, call["device"], call["command"]))))
+        (folder / RESULT).write_text(json.dumps(asdict(run(folder, call["device"], call["command"], call["limit"]))))

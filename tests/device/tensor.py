@@ -7,7 +7,7 @@ copies across, 0-dimensional CPU tensors in elementwise operations, and CPU tens
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Operation:
     written: frozenset[int | str]  # positions and names of the arguments that it writes to
 
 
-@lru_cache(maxsize=None)
+@cache
 def describe(op: torch._ops.OpOverload) -> Operation:
     schema, name = op._schema, op._schema.name
     written = {i for i, argument in enumerate(schema.arguments) if argument.is_write} | {a.name for a in schema.arguments if a.is_write}
@@ -149,7 +149,7 @@ def compute(op: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> A
     described, tensors = describe(op), list(tensors_in([*args, *kwargs.values()]))
     device = common_device(described, args, kwargs, tensors)
     check_generator(kwargs.get("generator"), device)
-    own = {id(t.held): t for t in tensors if isinstance(t, PretendTensor)}
+    own = {id(t.held): t for t in tensors if isinstance(t, PretendTensor)} if described.written else {}
     to_cpu = kwargs.get("device") is not None and not is_pretended(kwargs["device"])
     moved = kwargs | {"device": "cpu"} if kwargs.get("device") is not None else kwargs
     result = op(*unwrapped(args), **{name: unwrapped(value) for name, value in moved.items()})

@@ -1,10 +1,14 @@
 """What a pretend device counts, and how much memory it has."""
 
+import sys
 import weakref
 from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,20 @@ class Ledger:
     """Counts events and live bytes of all pretend devices of this process."""
 
     def __init__(self):
-        self.counts: Counter[str] = Counter()
-        self.live: Counter[int] = Counter()
-        self.peak: Counter[int] = Counter()
+        self.clear()
         self.limit: int | None = None
+        self.live: Counter[int] = Counter()
         self._leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
+
+    def clear(self) -> None:
+        """Count from zero; what lives goes on living."""
+        self.counts: Counter[str] = Counter()
+        self.peak: Counter[int] = Counter()
+        self.places: dict[str, Counter[str]] | None = None
+
+    def note_places(self) -> None:
+        """From now on, also count from which line of this repository each host read and each copy came."""
+        self.places = {"host_reads": Counter(), "copies": Counter()}
 
     @property
     def traffic(self) -> Traffic:
@@ -38,6 +51,8 @@ class Ledger:
 
     def count(self, event: str, times: int = 1) -> None:
         self.counts[event] += times
+        if self.places is not None and times and event in self.places:
+            self.places[event][_calling_line()] += times
 
     def lease(self, storage: torch.UntypedStorage, index: int) -> "Lease":
         """What keeps a storage's bytes accounted for. Raises OutOfMemoryError if they don't fit beside what lives."""
@@ -53,6 +68,17 @@ class Ledger:
                 f"CUDA out of memory. Tried to allocate {size} bytes. GPU {index} (pretend) has a total capacity of {self.limit} bytes "
                 f"of which {self.limit - self.live[index]} bytes are free."
             )
+
+
+def _calling_line() -> str:
+    """The innermost line of lib/ or stages/ that is being run, as file:line."""
+    frame = sys._getframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT / "lib") or path.is_relative_to(ROOT / "stages"):
+            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 class Lease:
