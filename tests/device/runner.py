@@ -75,13 +75,17 @@ class Call:
         return "@".join(filter(None, (self.stage, self.instance)))
 
 
-def run_stages(workspace: Workspace, calls: list[Call], device: str, root: Path, limit: int | None = None) -> dict[Call, Result]:
+def run_stages(
+    workspace: Workspace, calls: list[Call], device: str, root: Path, limit: int | None = None
+) -> dict[Call, Result]:
     """Run stages of a finished workspace once more, on a device, in one new process, each in a folder of its own below `root`."""
     folders = {call: root / str(call) for call in calls}
     for call, folder in folders.items():
         lay_out(workspace, folder, call.out)
     common = {"device": device, "limit": limit}
-    listed = {str(call): common | {"folder": os.fspath(folder), "command": call.command} for call, folder in folders.items()}
+    listed = {
+        str(call): common | {"folder": os.fspath(folder), "command": call.command} for call, folder in folders.items()
+    }
     (root / "calls.json").write_text(json.dumps(listed))
     path = os.pathsep.join([os.fspath(ROOT / "lib"), os.fspath(ROOT)])
     script = [sys.executable, "-m", "tests.device.runner", os.fspath(root / "calls.json")]

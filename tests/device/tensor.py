@@ -23,15 +23,41 @@ aten = torch.ops.aten
 # Indices may lie on the CPU, from where they are copied.
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index", "aten::_index_put_impl_"}
 # Operations that take a 0-dimensional CPU tensor as a value though they aren't elementwise.
-TAKE_A_VALUE = INDEXING | {"aten::fill", "aten::fill_", "aten::index_fill", "aten::index_fill_", "aten::masked_fill", "aten::masked_fill_"}
+TAKE_A_VALUE = INDEXING | {
+    "aten::fill",
+    "aten::fill_",
+    "aten::index_fill",
+    "aten::index_fill_",
+    "aten::masked_fill",
+    "aten::masked_fill_",
+}
 # CUDA has to know, on the host, how large a result is or whether a factorization went well.
 WAITED_FOR = {
-    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
-    "aten::repeat_interleave", "aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_cholesky", "aten::_linalg_solve_ex",
-    "aten::linalg_inv", "aten::linalg_eig", "aten::linalg_lstsq", "aten::_linalg_check_errors",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::repeat_interleave",
+    "aten::_linalg_eigh",
+    "aten::_linalg_svd",
+    "aten::linalg_cholesky",
+    "aten::_linalg_solve_ex",
+    "aten::linalg_inv",
+    "aten::linalg_eig",
+    "aten::linalg_lstsq",
+    "aten::_linalg_check_errors",
 }
 # These start no kernel: they reserve memory, or only look at it.
-NO_KERNEL = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::detach"}
+NO_KERNEL = {
+    "aten::empty",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::detach",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +75,9 @@ class Operation:
 @cache
 def describe(op: torch._ops.OpOverload) -> Operation:
     schema, name = op._schema, op._schema.name
-    written = {i for i, argument in enumerate(schema.arguments) if argument.is_write} | {a.name for a in schema.arguments if a.is_write}
+    written = {i for i, argument in enumerate(schema.arguments) if argument.is_write} | {
+        a.name for a in schema.arguments if a.is_write
+    }
     scalars = not any("Tensor" in str(result.type) for result in schema.returns) and bool(schema.returns)
     return Operation(
         name=name,
@@ -103,7 +131,11 @@ class PretendTensor(Tensor):
         if id(self) not in memo:
             with torch.no_grad():
                 copied = self.clone()
-            copied = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied.requires_grad_(self.requires_grad)
+            copied = (
+                nn.Parameter(copied, self.requires_grad)
+                if isinstance(self, nn.Parameter)
+                else copied.requires_grad_(self.requires_grad)
+            )
             memo[id(self)] = copied
         return memo[id(self)]
 
@@ -125,8 +157,14 @@ def normalized(device: torch.device | str) -> torch.device:
 
 # Torch would make these in two steps, the second of which changes the shape of an empty tensor.
 FACTORIES = {
-    "arange": aten.arange.default, "arange.start": aten.arange.start, "arange.start_step": aten.arange.start_step, "eye": aten.eye.default,
-    "eye.m": aten.eye.m, "linspace": aten.linspace.default, "randperm": aten.randperm.default, "randperm.generator": aten.randperm.generator,
+    "arange": aten.arange.default,
+    "arange.start": aten.arange.start,
+    "arange.start_step": aten.arange.start_step,
+    "eye": aten.eye.default,
+    "eye.m": aten.eye.m,
+    "linspace": aten.linspace.default,
+    "randperm": aten.randperm.default,
+    "randperm.generator": aten.randperm.generator,
 }
 
 
@@ -220,7 +258,12 @@ def common_device(described: Operation, args: tuple, kwargs: dict[str, Any], ten
             continue
         if tensor.device.type == "cpu" and any(tensor is index for index in indices):
             LEDGER.count("copies")
-        elif tensor.device.type != "cpu" or not described.takes_values or tensor.dim() or any(tensor is target for target in written):
+        elif (
+            tensor.device.type != "cpu"
+            or not described.takes_values
+            or tensor.dim()
+            or any(tensor is target for target in written)
+        ):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, {tensor.device} and {device}! "
                 f"(in {described.name}, a tensor {list(tensor.shape)})"

@@ -146,13 +146,19 @@ def test_attention_convolution_and_decompositions(ledger, x):
     convolution = nn.Conv3d(2, 3, 3)
     H = x.T @ x + torch.eye(6)
     pairs = [
-        (nn.functional.scaled_dot_product_attention(q, q, q), nn.functional.scaled_dot_product_attention(*[q.to("pretend")] * 3)),
+        (
+            nn.functional.scaled_dot_product_attention(q, q, q),
+            nn.functional.scaled_dot_product_attention(*[q.to("pretend")] * 3),
+        ),
         (convolution(image), copy.deepcopy(convolution).to("pretend")(image.to("pretend"))),
         (torch.linalg.svd(x).S, torch.linalg.svd(x.to("pretend")).S),
         (torch.linalg.qr(x).Q, torch.linalg.qr(x.to("pretend")).Q),
         (torch.linalg.cholesky_ex(H).L, torch.linalg.cholesky_ex(H.to("pretend")).L),
         (x.to(torch.float8_e4m3fn).view(torch.uint8), x.to("pretend").to(torch.float8_e4m3fn).view(torch.uint8)),
-        (torch.view_as_complex(x.unflatten(1, (3, 2))).abs(), torch.view_as_complex(x.to("pretend").unflatten(1, (3, 2))).abs()),
+        (
+            torch.view_as_complex(x.unflatten(1, (3, 2))).abs(),
+            torch.view_as_complex(x.to("pretend").unflatten(1, (3, 2))).abs(),
+        ),
     ]
     for expected, found in pairs:
         assert torch.equal(expected, found.cpu())

@@ -32,11 +32,11 @@ class Ledger:
     def __init__(self):
         self.clear()
         self.limit: int | None = None
-        self.live: Counter[int] = Counter()
         self._leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
 
     def clear(self) -> None:
-        """Count from zero; what lives goes on living."""
+        """Count from zero, also the bytes: what still lives from before is forgotten."""
+        self.live: Counter[int] = Counter()
         self.counts: Counter[str] = Counter()
         self.peak: Counter[int] = Counter()
         self.places: dict[str, Counter[str]] | None = None
@@ -59,7 +59,7 @@ class Ledger:
         lease = self._leases.get(storage._cdata)
         if lease is None:
             self._check_room(storage.nbytes(), index)
-            lease = self._leases[storage._cdata] = Lease(self, storage, index)
+            lease = self._leases[storage._cdata] = Lease(storage, index, self.live, self.peak)
         return lease
 
     def _check_room(self, size: int, index: int) -> None:
@@ -84,13 +84,13 @@ def _calling_line() -> str:
 class Lease:
     """The bytes of one storage, for as long as some tensor on the device has it. It holds the storage, whose address is its key."""
 
-    def __init__(self, ledger: Ledger, storage: torch.UntypedStorage, index: int):
-        self.ledger, self.storage, self.index, self.size = ledger, storage, index, storage.nbytes()
-        ledger.live[index] += self.size
-        ledger.peak[index] = max(ledger.peak[index], ledger.live[index])
+    def __init__(self, storage: torch.UntypedStorage, index: int, live: Counter[int], peak: Counter[int]):
+        self.storage, self.index, self.size, self.live = storage, index, storage.nbytes(), live
+        live[index] += self.size
+        peak[index] = max(peak[index], live[index])
 
     def __del__(self):
-        self.ledger.live[self.index] -= self.size
+        self.live[self.index] -= self.size
 
 
 LEDGER = Ledger()
