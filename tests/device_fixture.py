@@ -1,4 +1,4 @@
-"""The fixture `device`: where a unit test runs, on the CPU, on a pretend device, and on CUDA where there is one (marker `gpu`).
+"""The fixture `device`: a test runs on the CPU, on a pretend device, and on CUDA where there is one (marker `gpu`).
 
 The pretend device is the second one, so that whoever drops an index mixes two devices, and fails.
 """

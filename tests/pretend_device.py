@@ -1,7 +1,7 @@
-"""A pretend device: `with pretend_device():` lets torch.device("pretend:0") and "pretend:1" be used as "cuda:0" would be.
+"""A pretend device: inside `with pretend_device():`, "pretend:0" and "pretend:1" can be used as "cuda:0" would be.
 
-Values are those of the CPU; mistakes are those of CUDA (tests/device/tensor.py). Torch allows one such backend per process and
-cannot take it away again, so it stays registered; what is changed in other libraries is undone at the end of the block.
+Values are those of the CPU; mistakes are those of CUDA (tests/device/rules.py). Torch allows one such backend per
+process and cannot take it away again, so it stays registered. What other libraries are taught ends with the block.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ import torch.optim.optimizer as optimizers
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tests.device.libraries import libraries_that_know_the_device
-from tests.device.tensor import DEVICES, FACTORIES, NAME, PretendTensor, aten, copy_from, make
+from tests.device.rules import DEVICES, NAME
+from tests.device.tensor import FACTORIES, PretendTensor, aten, copy_from, make
 from tests.device.traffic import LEDGER, Ledger, Traffic
 
 __all__ = ["DEVICES", "NAME", "PretendTensor", "Traffic", "pretend_device"]

@@ -1,7 +1,7 @@
-"""What libraries beside torch know devices by name, taught the name of the pretend device for the length of a block.
+"""What libraries beside torch know devices by name, taught the pretend device's name for the length of a block.
 
-That is safetensors alone, whose Rust code accepts `cuda`, `npu`, `hpu` and a few more. Diffusers and accelerate go by torch.device
-and by the module torch.<name>.
+That is safetensors alone, whose Rust code accepts `cuda`, `npu`, `hpu` and a few more. Diffusers and accelerate go by
+torch.device and by the module torch.<name>.
 """
 
 import sys
@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from tests.device.tensor import NAME, is_pretended
+from tests.device.rules import NAME, is_pretended
 
 
 @contextmanager
@@ -43,10 +43,10 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 
 class SafeOpen:
-    """safetensors.safe_open for every device: a file of the pretend device is opened on the CPU, and what it gives is moved.
+    """safetensors.safe_open for every device: the pretend device's files are opened on the CPU, and tensors then moved.
 
-    What is read onto the CPU is copied out of the mapped file, where tensors are not aligned: with one row, the CPU's products
-    then differ in their last bits, which a device that has copies of everything would seem to be the cause of.
+    What is read onto the CPU is copied out of the mapped file, where tensors are not aligned: the CPU's products of a
+    single row then differ in their last bits. A device, which has copies of everything, would seem to be the cause.
     """
 
     original = safetensors.safe_open

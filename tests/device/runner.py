@@ -1,7 +1,7 @@
-"""Runs stages one after the other in this process, on any device, the pretend one included: `python -m tests.device.runner CALLS`.
+"""Runs stages one after the other in this process, on any device: `python -m tests.device.runner CALLS`.
 
-CALLS is JSON, {name: {"folder": where, "device": "pretend:0", "command": ["stages.capture", "--expert", "low_noise"], "limit": null}}.
-A folder is laid out by `lay_out`; its params.yaml gets the device. Each folder gets a result.json, of `Result`.
+CALLS is JSON, {name: {"folder": where, "device": "pretend:0", "command": ["stages.clip", "--expert", "low_noise"],
+"limit": null}}. A folder is laid out by `lay_out`; its params.yaml gets the device. Each gets a result.json (`Result`).
 """
 
 import contextlib
@@ -21,7 +21,9 @@ import typer
 import yaml
 
 from tests.device.libraries import libraries_that_know_the_device
-from tests.pretend_device import NAME, Traffic, pretend_device
+from tests.device.rules import NAME
+from tests.device.traffic import Traffic
+from tests.pretend_device import pretend_device
 from tests.workspace import ROOT, Workspace
 
 RESULT = "result.json"
@@ -40,14 +42,22 @@ OUTS = {
 
 @dataclass(frozen=True)
 class Result:
-    """How a stage ended (None: well), the units of work that it counted on stderr, its traffic, and the most bytes that lived on each
-    device, by index; in `places`, from which lines host reads and copies came."""
+    """How a stage went on a device.
+
+    error: None if it ended well. units: of work, as it counted them on stderr. peak: the most bytes that lived on a
+    device at a time, by its index. places: from which lines host reads and copies came.
+    """
 
     error: str | None
     units: int
     traffic: Traffic
     peak: dict[str, int]
     places: dict[str, dict[str, int]]
+
+    @property
+    def per_unit(self) -> Traffic:
+        """Rounded up."""
+        return self.traffic.shared_by(self.units)
 
     @classmethod
     def read(cls, folder: Path) -> "Result":
@@ -78,7 +88,7 @@ class Call:
 def run_stages(
     workspace: Workspace, calls: list[Call], device: str, root: Path, limit: int | None = None
 ) -> dict[Call, Result]:
-    """Run stages of a finished workspace once more, on a device, in one new process, each in a folder of its own below `root`."""
+    """Run stages of a finished workspace again, on a device, in one new process, each in a folder below `root`."""
     folders = {call: root / str(call) for call in calls}
     for call, folder in folders.items():
         lay_out(workspace, folder, call.out)
@@ -94,7 +104,7 @@ def run_stages(
 
 
 def lay_out(workspace: Workspace, folder: Path, out: str) -> None:
-    """The workspace again, by hardlinks, as no stage changes what it reads: without units, without the out that shall be made."""
+    """The workspace again without units and without one out, by hardlinks, since no stage changes what it reads."""
     folder.mkdir(parents=True)
     subprocess.run(["cp", "-al", workspace.root / "artifacts", workspace.root / "data", folder], check=True)
     subprocess.run(["rm", "-r", folder / out], check=True)
@@ -144,7 +154,7 @@ def stage_of(command: list[str]) -> tuple[Callable[..., None], dict[str, str]]:
 
 
 def units_in(said: str) -> int:
-    """How many units of work the lines of progress have counted, such as `gptq@low_noise: 2/2, ...`; 1 if there is no such line."""
+    """How many units of work the lines of progress count, such as `gptq@low_noise: 2/2, ...`; 1 if there is no line."""
     totals = dict(re.findall(r"^(.+): \d+/(\d+)", said, re.MULTILINE))
     return sum(map(int, totals.values())) or 1
 

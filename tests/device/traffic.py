@@ -13,17 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Traffic:
-    """How often work on a device made the host wait for a value, sent the device a tensor, and started a kernel there."""
+    """How often work on a device made the host wait for a value, sent the device a tensor, and started a kernel."""
 
     host_reads: int = 0
     copies: int = 0
     launches: int = 0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
     def __sub__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+    def shared_by(self, units: int) -> "Traffic":
+        """That of one unit of several, rounded up."""
+        return Traffic(*(-(-getattr(self, field.name) // units) for field in fields(self)))
 
 
 class Ledger:
@@ -65,8 +66,8 @@ class Ledger:
     def _check_room(self, size: int, index: int) -> None:
         if self.limit is not None and self.live[index] + size > self.limit:
             raise torch.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {size} bytes. GPU {index} (pretend) has a total capacity of {self.limit} bytes "
-                f"of which {self.limit - self.live[index]} bytes are free."
+                f"CUDA out of memory. Tried to allocate {size} bytes. GPU {index} (pretend) has a total capacity of "
+                f"{self.limit} bytes of which {self.limit - self.live[index]} bytes are free."
             )
 
 
@@ -82,7 +83,7 @@ def _calling_line() -> str:
 
 
 class Lease:
-    """The bytes of one storage, for as long as some tensor on the device has it. It holds the storage, whose address is its key."""
+    """The bytes of one storage, while a tensor on the device has it. It holds the storage, whose address is its key."""
 
     def __init__(self, storage: torch.UntypedStorage, index: int, live: Counter[int], peak: Counter[int]):
         self.storage, self.index, self.size, self.live = storage, index, storage.nbytes(), live

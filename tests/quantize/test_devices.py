@@ -1,4 +1,4 @@
-"""The whole recipe of one layer where a device computes it: smoothing, its gradient, branch, GPTQ, refit and clip give the CPU's bytes."""
+"""The recipe of one layer on a device: smoothing, its gradient, branch, GPTQ, refit and clip give the CPU's bytes."""
 
 from functools import partial
 
