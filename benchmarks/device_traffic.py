@@ -1,12 +1,12 @@
-"""What each stage costs a device beside arithmetic: host reads, copies to the device and kernel launches per unit of work.
+"""What each stage costs a device beside arithmetic: host reads, copies to it and kernel launches, per unit of work.
 
     python benchmarks/device_traffic.py                          on the tests' tiny workspace, which it first makes
     python benchmarks/device_traffic.py --workspace FOLDER       on one that is finished already
-    python benchmarks/device_traffic.py --places 5               also from which lines most host reads and copies come
+    python benchmarks/device_traffic.py --places 5               also the lines most host reads and copies come from
 
-A host read is a value that the host waits for: the device's queue runs empty meanwhile. It needs no GPU, because the device
-is the tests' pretend one (tests/pretend_device.py). A unit is what a stage's progress counts: a prompt, a shard of calls or a block.
-The bounds are those that tests/device/test_stages.py holds the stages to.
+A host read is a value that the host waits for: the device's queue runs empty meanwhile. No GPU is needed, because the
+device is the tests' pretend one (tests/pretend_device.py). A unit is what a stage's progress counts: a prompt, a shard
+of calls or a block. The bounds are those that tests/device/test_stages.py holds the stages to.
 """
 
 import argparse

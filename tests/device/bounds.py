@@ -1,7 +1,7 @@
-"""The stages that run on the pretend device, and how much traffic each may cause per unit of work on the tiny workspace.
+"""Which stages run on the pretend device, and how much traffic each may cause per unit of work on the tiny workspace.
 
-A unit is what the stage's progress counts: a prompt, a shard of calls or a block. The bounds are a few percent above what
-was counted when they were set; `python benchmarks/device_traffic.py` prints what is counted now.
+A unit is what the stage's progress counts: a prompt, a shard of calls or a block. The bounds are a few percent above
+what was counted when they were set; `python benchmarks/device_traffic.py` prints what is counted now.
 """
 
 from tests.device.runner import Call

@@ -56,7 +56,7 @@ class Result:
 
     @property
     def per_unit(self) -> Traffic:
-        """Rounded up."""
+        """Traffic of one unit, rounded up."""
         return self.traffic.shared_by(self.units)
 
     @classmethod

@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stepquant.models import weights
 from tests.pretend_device import Traffic, pretend_device
 
 TWO_DEVICES = "Expected all tensors to be on the same device, but found at least two devices"
@@ -170,6 +172,16 @@ def test_safetensors(ledger, x, tmp_path):
     assert torch.equal(load_file(file)["x"], x)
     there = load_file(file, device="pretend:1")["x"]
     assert there.device == torch.device("pretend:1") and torch.equal(there.cpu(), x)
+
+
+def test_other_libraries_are_left_as_they_were(x, tmp_path):
+    before = safetensors.safe_open, weights.safe_open, safetensors.torch.safe_open
+    with pretend_device():
+        assert weights.safe_open is safetensors.safe_open is not before[0]
+    assert (safetensors.safe_open, weights.safe_open, safetensors.torch.safe_open) == before
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    with pytest.raises(safetensors.SafetensorError):
+        load_file(tmp_path / "x.safetensors", device="pretend:1")
 
 
 def test_memory_runs_out(x):

@@ -1,4 +1,4 @@
-"""Every stage that computes, once more on the second pretend device: the CPU's bytes, and no more traffic than allowed."""
+"""Every stage that computes, again on the second pretend device: the bytes of the CPU, and bounded traffic."""
 
 import hashlib
 from pathlib import Path
@@ -22,7 +22,7 @@ def on_device(workspace, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trajectories_on_cpu(workspace, tmp_path_factory) -> Workspace:
-    """Trajectories sampled on the CPU by weights that, as on a device, are copies of the mapped files (SafeOpen says why)."""
+    """Trajectories sampled on the CPU by weights that are copies, as a device's are (`SafeOpen` says what that changes)."""
     root = tmp_path_factory.mktemp("trajectories")
     assert run_stages(workspace, [TRAJECTORIES], "cpu", root)[TRAJECTORIES].error is None
     return Workspace(root / str(TRAJECTORIES))
