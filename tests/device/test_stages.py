@@ -22,7 +22,7 @@ def on_device(workspace, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trajectories_on_cpu(workspace, tmp_path_factory) -> Workspace:
-    """Trajectories sampled on the CPU by weights that are copies, as a device's are (`SafeOpen` says what that changes)."""
+    """Trajectories sampled on the CPU by weights that are copies, as a device's are (`SafeOpen` says what changes)."""
     root = tmp_path_factory.mktemp("trajectories")
     assert run_stages(workspace, [TRAJECTORIES], "cpu", root)[TRAJECTORIES].error is None
     return Workspace(root / str(TRAJECTORIES))
