@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 from stepquant.runtime.timestep import follow_timestep
+from tests.device_fixture import CUDA, assert_as_on_cpu
 
 EDGES = (1000.0, 950.0, 925.0, 900.0)
 TIMESTEPS = [1000, 940, 910]  # one in each bin
@@ -52,6 +53,12 @@ def make_denoiser():
     return denoiser
 
 
+@pytest.fixture(params=["cpu", *CUDA])
+def offload_device(request):
+    """No pretend device: accelerate and diffusers move tensors in ways that only real devices allow."""
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def x():
     return torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(3))
@@ -69,9 +76,12 @@ def expected(x):
     return outputs
 
 
-def check(denoiser, x, expected):
+def check(denoiser, x, expected, device="cpu"):
     for t, output in zip(TIMESTEPS, expected):
-        assert torch.equal(denoiser(x, torch.tensor([t])), output), t
+        found = denoiser(x.to(device), torch.tensor([t], device=device))
+        assert_as_on_cpu(
+            found, output, str(device), rtol=1e-3, atol=0.1
+        )  # on CUDA, where a code may round the other way
 
 
 def test_all_linears_hold_the_same_bin(x, expected):
@@ -106,21 +116,27 @@ def test_moving_a_linear_leaves_the_bin(x):
     assert denoiser.first.bin.on(CPU).item() == 2
 
 
-def test_sequential_offload(x, expected):
-    """What enable_sequential_cpu_offload does, with the CPU in place of the GPU: each linear's tensors come and go."""
+def test_sequential_offload(offload_device, x, expected):
+    """As enable_sequential_cpu_offload does: each linear's tensors are on the device for its own forward only."""
     denoiser = make_denoiser()
-    cpu_offload(denoiser, execution_device=CPU, offload_buffers=True)
+    cpu_offload(denoiser, execution_device=offload_device, offload_buffers=True)
     assert denoiser.first.qweight.device.type == denoiser.block[1].clip_ratio.device.type == "meta"
-    check(denoiser, x, expected)
+    check(denoiser, x, expected, offload_device)
     assert denoiser.first.qweight.device.type == "meta"
 
 
+def test_a_timestep_on_the_cpu_reaches_linears_on_a_device(device, x, expected):
+    denoiser = make_denoiser().to(device)
+    for t, output in zip(TIMESTEPS, expected):
+        assert_as_on_cpu(denoiser(x.to(device), torch.tensor([t])), output, device, rtol=1e-3, atol=0.1)
+
+
 @pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
-def test_group_offload(kind, x, expected):
+def test_group_offload(offload_device, kind, x, expected):
     denoiser = make_denoiser()
     extra = {"num_blocks_per_group": 1} if kind["offload_type"] == "block_level" else {}
-    apply_group_offloading(denoiser, onload_device=CPU, offload_device=CPU, **kind, **extra)
-    check(denoiser, x, expected)
+    apply_group_offloading(denoiser, onload_device=offload_device, offload_device=CPU, **kind, **extra)
+    check(denoiser, x, expected, offload_device)
 
 
 def test_calls_inside_and_outside_of_inference_mode(x, expected):
