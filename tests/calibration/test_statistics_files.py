@@ -8,6 +8,7 @@ from zarr.storage import LocalStore
 
 from stepquant.calibration.statistics_files import read_statistics, site_folder, tokens_per_column, write_statistics
 from stepquant.errors import UserError
+from stepquant.storage.zarr_groups import write_group
 from tests.calibration.calls import BINS, collect
 
 BIN_COUNT, K, ROWS = 3, 96, 128
@@ -101,6 +102,15 @@ def test_truncated_samples_are_refused(folder, length):
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(UserError, match="samples: a chunk is truncated"):
         read_statistics(folder, "cpu").load("search.0")
+
+
+def test_statistics_without_the_diagonal_are_refused(folder, tensors):
+    """Version 1 had no such row, and absmax would be read in its place."""
+    channels = torch.cat([tensors["shift"][None], tensors["absmax"], tensors["mean"]])
+    arrays = {"hessian": tensors["hessian"], "channels": channels, "samples": tensors["search.0"]}
+    write_group(folder, arrays, {"rows": {"search.0": ROWS}, "tokens": [10, 20, 30]})
+    with pytest.raises(UserError, match="site: not the statistics of this version; run stage capture again"):
+        read_statistics(folder, "cpu")
 
 
 def test_missing_samples_are_refused(folder):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from stepquant.errors import UserError
 from stepquant.recipe.site_statistics import SAMPLES, SiteStatistics
 from stepquant.storage.zarr_groups import array_shape, open_group, read_tensor, write_group
 
@@ -53,10 +54,12 @@ def read_statistics(folder: Path, device: str | torch.device) -> SiteStatistics:
         Statistics that read a tensor when it is asked for, as float32.
 
     Raises:
-        UserError: the group is missing or damaged; damaged arrays are found when they are read.
+        UserError: the group is missing, damaged or of another version; damaged arrays are found when they are read.
     """
     group = open_group(folder)
     bins = len(group.attrs["tokens"])
+    if array_shape(group, "channels")[0] != 2 + 2 * bins:
+        raise UserError(f"{folder}: not the statistics of this version; run stage capture again")
     places: dict[str, tuple[str, Any]] = {
         "hessian": ("hessian", ...),
         "shift": ("channels", 0),
