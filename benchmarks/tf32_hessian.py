@@ -1,7 +1,7 @@
 """How TF32 products of the Hessian change the error of a W4A4 layer, compared with another order of summation.
 
     python benchmarks/tf32_hessian.py --widths 256 512 --seeds 6    seeded layers of four kinds
-    python benchmarks/tf32_hessian.py --root .                      the sites of two blocks of the demo, after `dvc repro`
+    python benchmarks/tf32_hessian.py --root .                      two blocks of the demo, after `dvc repro`
 
 A tensor core rounds both factors to TF32 (10 bits of mantissa) and sums in float32. This script simulates it on the CPU
 with rounding to nearest even. The tokens are bfloat16, whose 7 bits TF32 could hold, but the factors are
