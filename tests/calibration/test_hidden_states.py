@@ -82,24 +82,28 @@ class FakeEvent:
 def fake_cuda(monkeypatch):
     """Stands in for torch.cuda: the order of waits is noted, and page-locked memory is registered by address."""
     log, registered, names = [], {}, iter(("upload", "download"))
-    work = FakeStream(log, "work")
+    work, success = FakeStream(log, "work"), object()
+
+    def check_error(code):
+        assert code is success  # torch compares with its own enumeration, to which no number is equal
+
     calls = {
         "Stream": lambda device: FakeStream(log, next(names)),
         "current_stream": lambda device: work,
         "stream": lambda stream: stream,
         "synchronize": lambda device: log.append(("host", "waits for", "all")),
-        "check_error": lambda code: None,
+        "check_error": check_error,
         "cudart": lambda: Cudart(),
     }
 
     class Cudart:
         def cudaHostRegister(self, address, size, flags):  # noqa: N802
             registered[address] = size
-            return 0
+            return success
 
         def cudaHostUnregister(self, address):  # noqa: N802
             del registered[address]
-            return 0
+            return success
 
     for name, value in calls.items():
         monkeypatch.setattr(hidden_states.torch.cuda, name, value)

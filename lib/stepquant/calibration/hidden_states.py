@@ -57,7 +57,7 @@ class PinnedHiddenStates(HiddenStates):
         super().__init__(views, device)
         self._buffer = parts
         cudart = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(parts.data_ptr(), parts.nbytes, 0)))
+        torch.cuda.check_error(cudart.cudaHostRegister(parts.data_ptr(), parts.nbytes, 0))
         self._upload, self._download = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._fetched: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
         self._stored: dict[int, torch.cuda.Event] = {}
@@ -88,7 +88,7 @@ class PinnedHiddenStates(HiddenStates):
     def close(self) -> None:
         """Wait for the copies and release the memory; hidden states are lost."""
         torch.cuda.synchronize(self.device)
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())))
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr()))
         self._chunks.clear()
 
     def _fetch(self, n: int) -> tuple[torch.Tensor, torch.cuda.Event]:

@@ -9,7 +9,7 @@ from stepquant.calibration.observer import panels
 from stepquant.calibration.statistics_files import write_statistics
 from stepquant.recipe.site_statistics import SAMPLES
 
-Shard = dict[str, torch.Tensor]  # what SiteObserver.tensors returns
+ShardSums = dict[str, torch.Tensor]  # what SiteObserver.tensors returns
 
 
 class MergedShards:
@@ -19,7 +19,7 @@ class MergedShards:
         first: the first shard; its tensors are not changed.
     """
 
-    def __init__(self, first: Shard):
+    def __init__(self, first: ShardSums):
         self.absmax = torch.zeros_like(first["absmax"])
         self.total = torch.zeros_like(first["total"])
         self.tokens = torch.zeros_like(first["tokens"])
@@ -27,7 +27,7 @@ class MergedShards:
         self.centered: tuple[torch.Tensor, torch.Tensor] | None = None  # shift, Hessian
         self.add(first)
 
-    def add(self, shard: Shard) -> None:
+    def add(self, shard: ShardSums) -> None:
         """Add the next shard. Tensors are copied, so that a memory-mapped file can be released."""
         for name in shard:
             if name.startswith(SAMPLES):
@@ -57,7 +57,7 @@ class MergedShards:
         write_statistics(folder, tensors, self.tokens.tolist())
 
 
-def merge_shards(folder: Path, shards: Iterable[Shard]) -> None:
+def merge_shards(folder: Path, shards: Iterable[ShardSums]) -> None:
     """Merge the shards of a site and write its group; one shard is in memory at a time.
 
     Args:
