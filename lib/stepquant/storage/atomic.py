@@ -1,4 +1,4 @@
-"""Files that are finished or absent: written under a temporary name, then renamed."""
+"""Atomic file writes: a file is written under a temporary name, then renamed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,16 @@ from pathlib import Path
 
 @contextmanager
 def finished_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it to `path` when the block ends well; else removes it.
+    """Write a file completely or not at all.
 
-    The name `.NAME.tmp` is one that .dvcignore excludes, so a killed process leaves nothing that enters a hash.
+    The temporary name `.NAME.tmp` is excluded by .dvcignore, so what a killed process leaves behind never enters a
+    hash.
+
+    Args:
+        path: the file to write; its folder is created.
+
+    Yields:
+        A temporary path beside `path`. It is renamed to `path` if the `with` block succeeds, and removed otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")
@@ -21,6 +28,6 @@ def finished_or_absent(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
+    """Write a small UTF-8 text file completely or not at all."""
     with finished_or_absent(path) as partial:
         partial.write_text(text, encoding="utf-8")
