@@ -134,7 +134,9 @@ class Format(ABC):
     def amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each group, float32 [..., K/g]."""
         magnitudes = self._grouped(x.float()).abs()
-        if self.group < 32:  # torch's CPU reduction is slow over so few values: halve the group element by element first
+        if (
+            self.group < 32
+        ):  # torch's CPU reduction is slow over so few values: halve the group element by element first
             magnitudes = torch.maximum(magnitudes[..., : self.group // 2], magnitudes[..., self.group // 2 :])
         return magnitudes.amax(-1)
 
