@@ -36,13 +36,13 @@ def accumulating(trajectories: Trajectories, stride: int) -> Callable[[str, torc
     bins = make_bins(1, 0, 1000, "bins")
     depends = {site.name: site.depends_on_timestep for site in WAN_SITES}
 
-    def see(site: str, x: torch.Tensor, positions: range) -> None:
+    def observe(site: str, x: torch.Tensor, positions: range) -> None:
         if site not in statistics:
             plan = plan_sampling(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0, stride=stride)
             statistics[site] = SiteObserver(x.shape[-1], plan, "cpu", site)
-        statistics[site].add(x, [calls[i] for i in positions], positions)
+        statistics[site].observe(x, [calls[i] for i in positions], positions)
 
-    return see
+    return observe
 
 
 def fastest(work: Callable[[], object], rounds: int) -> float:
