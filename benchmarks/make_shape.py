@@ -30,9 +30,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stepquant.calibration.trajectories import write_trajectory
-from stepquant.compute.units import content_key, file_digests
 from stepquant.plan.workload import timesteps
 from stepquant.profiles import read_profiles
+from stepquant.storage.digests import content_key, file_digests
 from stepquant.storage.zarr_groups import group_metadata
 
 EXPERT = "denoiser"
