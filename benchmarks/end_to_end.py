@@ -48,7 +48,7 @@ def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prom
 
 
 def without_first(root: Path, manifest: str, skip: int) -> str:
-    """A manifest beside another one, which lacks its first rows."""
+    """A copy of a manifest without its first rows, in the same folder."""
     shorter = Path(manifest).with_name("skipped.jsonl")
     (root / shorter).write_text("\n".join((root / manifest).read_text().splitlines()[skip:]) + "\n")
     return str(shorter)

@@ -73,7 +73,7 @@ def show_profile(stats: pstats.Stats, seconds: float) -> None:
     for (_, _, function), (_, _, _, cumulative, _) in sorted(stats.stats.items()):
         if function in PARTS:
             print(f"| {PARTS[function]} | {cumulative:.1f} |")
-    print("\n| own seconds of | calls | seconds | share |\n|---|---|---|---|")
+    print("\n| own seconds of | calls | seconds | part |\n|---|---|---|---|")
     for name, (calls, spent) in sorted(own_seconds(stats).items(), key=lambda item: -item[1][1])[:SHOWN]:
         print(f"| {name} | {calls} | {spent:.1f} | {spent / seconds:.0%} |")
 

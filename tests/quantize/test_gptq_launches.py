@@ -51,7 +51,7 @@ def test_buffers_are_used_again_for_the_next_block(name):
 
 
 def load(block: ColumnBlock, source: ColumnBlock) -> None:
-    """Copies one block's buffers into another's; every column is a group of its own."""
+    """Copies one block's buffers into another's; each column is one group."""
     every = torch.arange(len(source.columns))
     block.load(source.columns, source.U, source.scale, source.reciprocal, every)
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.gptq_launches import OperationLog
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.quantized_layer import layer_output, relative_error
+from stepquant.quantize.rotate import rotate
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 from tests.quantize.scheme import layer_spec
@@ -41,6 +43,17 @@ def test_hessian_is_that_of_the_transformed_input(layer, rotation):
     torch.testing.assert_close(
         transform.hessian(centered.T @ centered), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
     )
+
+
+def test_the_rotation_matrix_is_built_once(layer):
+    W, x = layer
+    smooth = smoothing_of(W, x)
+    transform = InputTransform(smooth, torch.zeros_like(smooth), 32)
+    z = transform.apply(x)
+    with OperationLog() as log:
+        again = transform.apply(x)
+    assert torch.equal(again, z) and torch.equal(z, rotate(x / smooth.float(), 32))
+    assert log.names.count("kron.default") == 0 and "fill_.Scalar" not in log.names
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -30,7 +30,6 @@ from stepquant.formats import Scales
 from stepquant.quantize.gptq import InverseFactor, gptq, inverse_factor
 from stepquant.quantize.lowrank import Branch, stored_branch, weighted_low_rank_factors
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
-from stepquant.quantize.rotate import rotate
 from stepquant.quantize.transform import InputTransform
 
 
@@ -183,4 +182,4 @@ def _noise_aware_target(X: Tensor, noise: Tensor | None, factor: InverseFactor) 
 
 def _stored(problem: RoundingProblem, down: Tensor, up: Tensor) -> Branch:
     """A branch of the transformed weight as it is stored; a rotation is its own inverse."""
-    return stored_branch(rotate(down, problem.transform.rotation), up, problem.transform.smooth)
+    return stored_branch(problem.transform.rotate(down), up, problem.transform.smooth)

@@ -5,7 +5,7 @@
 The Sylvester matrix of order `size`, divided by sqrt(size), is symmetric and orthogonal, so a rotation is its own
 inverse.
 
-What it is worth depends on format and site. Without it the W4A4 error of synthetic heavy-tailed layers is 51.4 % larger
+Its benefit depends on format and site. Without it the W4A4 error of synthetic heavy-tailed layers is 51.4 % larger
 for int4, 21.6 % for mxfp4 and unchanged for nvfp4 (MR-GPTQ, arXiv 2509.23202, explains why). On the demo model the
 differences are 5.9, 2.3 and 0.4 %, and some sites are better without it, so the size is selected per site
 (docs/experiments/recipe-ablations.md).
@@ -67,7 +67,8 @@ def hadamard(order: int, *, device: torch.device | str | None = None, dtype: tor
         device: Where the matrix is built; None is torch's default device.
         dtype: The dtype of the result. The values are computed in float32 and rounded once.
     """
-    H = torch.ones(1, 1, device=device)
+    H, two = torch.ones(1, 1, device=device), torch.ones(2, 2, device=device)
+    two[1, 1].fill_(-1)
     while H.shape[0] < order:
-        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+        H = torch.kron(two, H)
     return (H / float(order**0.5)).to(dtype)

@@ -13,12 +13,13 @@ Each of the three parts is exact without rounding and makes rounding cheaper:
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from stepquant.quantize.lowrank import residual
-from stepquant.quantize.rotate import rotate
+from stepquant.quantize.rotate import check_rotation, hadamard, rotate_by
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,34 @@ class InputTransform:
         """Smoothing alone."""
         return cls(smooth, torch.zeros_like(smooth), 0)
 
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """The rotation, float32 on the transform's device; built on first use."""
+        return hadamard(self.rotation, device=self.smooth.device)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Applies the rotation alone, which is its own inverse, to x float32 [..., K]. Raises UserError if it does not fit."""
+        check_rotation(self.rotation, x.shape[-1])
+        return rotate_by(x, self._matrix) if self.rotation else x
+
     def apply(self, x: Tensor) -> Tensor:
         """The transformed input before rounding: float32 [T, K] for x [T, K] of any float dtype."""
-        return rotate((x.float() - self.mean.float()) / self.smooth.float(), self.rotation)
+        return self.rotate((x.float() - self.mean.float()) / self.smooth.float())
 
     def hessian(self, H: Tensor) -> Tensor:
         """Hessian [K, K] of `apply(x)`, from the Hessian [K, K] of x - mean."""
         s = self.smooth.float()
         H = H.float() / s[:, None]
         H /= s
-        return rotate(rotate(H, self.rotation).T, self.rotation)
+        return self.rotate(self.rotate(H).T)
 
     def weight(self, W: Tensor) -> Tensor:
         """The weight [N, K] that belongs to the transformed input, float32."""
-        return rotate(W.float() * self.smooth.float(), self.rotation)
+        return self.rotate(W.float() * self.smooth.float())
 
     def residual(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
         """The part of W [N, K] that the 4-bit codes represent, float32 [N, K]; the branch as stored (lowrank.py)."""
-        return rotate(residual(W, self.smooth, proj_down, proj_up), self.rotation)
+        return self.rotate(residual(W, self.smooth, proj_down, proj_up))
 
     def offset(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
         """The mean's contribution to the output, float32 [N]: mean @ (W - branch).T."""
