@@ -17,11 +17,12 @@ from stepquant.quantize.alternate import (
 )
 from stepquant.quantize.clip import choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.damping import search_damping, validation_rows
+from stepquant.quantize.lowrank import Branch
 from stepquant.quantize.quantized_layer import QuantizedLayer, rounding_noise
-from stepquant.quantize.smooth import TransformSearch, search_transform
+from stepquant.quantize.smooth import TransformCandidates, TransformSearch, search_transform
 from stepquant.quantize.smooth_gradient import refine_smoothing
 from stepquant.quantize.weight_scales import scales_by_error
-from tests.quantize.scheme import scheme
+from tests.quantize.scheme import layer_spec, scheme
 
 RANK, SEED = 8, 0
 
@@ -35,18 +36,18 @@ def problem_data(make_layer) -> tuple[Tensor, Tensor]:
 def searched(W: Tensor, x: Tensor, name: str) -> TransformSearch:
     """Smoothing by search, then by gradient."""
     mean = x.mean(0).to(torch.bfloat16)
-    span = (x - mean.float()).square().mean(0).sqrt()
-    layer = {"rank": RANK, "seed": SEED, "scheme": scheme(name)}
-    found = search_transform(W, x[:512], span, mean, [(0.4, 0.6), (0.6, 0.4)], [0, 32], **layer)
-    return refine_smoothing(W, x[:256], x[256:512], found, steps=5, **layer)
+    magnitude = (x - mean.float()).square().mean(0).sqrt()
+    candidates, spec = TransformCandidates([(0.4, 0.6), (0.6, 0.4)], [0, 32]), layer_spec(name, RANK)
+    found = search_transform(W, x[:512], magnitude, mean, candidates, spec)
+    return refine_smoothing(W, x[:256], x[256:512], found, spec, steps=5)
 
 
-def rounded(problem: RoundingProblem, branch: tuple[Tensor, Tensor], name: str) -> QuantizedLayer:
-    return rounded_by_gptq(problem, *branch, scheme(name), partial(scales_by_error, get_format(name)), column_block=32)
+def rounded(problem: RoundingProblem, branch: Branch, name: str) -> QuantizedLayer:
+    return rounded_by_gptq(problem, branch, scheme(name), partial(scales_by_error, get_format(name)), column_block=32)
 
 
 def damped(W: Tensor, x: Tensor, search: TransformSearch, name: str) -> RoundingProblem:
-    """The problem under the better of two dampings, by some rows."""
+    """The problem under the better of two dampings, on some rows."""
     transform = search.transform
     z = transform.apply(x[:512])
     noise = 0.25 * rounding_noise([x[:256], x[256:512]], transform, scheme(name))
@@ -54,7 +55,7 @@ def damped(W: Tensor, x: Tensor, search: TransformSearch, name: str) -> Rounding
 
     def error(problem: RoundingProblem) -> float:
         part = select_rows(problem, rows)
-        layer = rounded(part, initial_branch(part, RANK, seed=SEED, start=search.proj_up[rows]), name)
+        layer = rounded(part, initial_branch(part, (search.proj_down, search.proj_up[rows]), seed=SEED), name)
         return clip_errors([x[512:]], part.W, layer, clip_candidates([1.0], [0], get_format(name))).item()
 
     problem = make_problem(W, transform, z.T @ z / len(z), noise, damping=0.01, act_order=True)
@@ -65,7 +66,7 @@ def recipe(W: Tensor, x: Tensor, name: str) -> dict[str, Tensor]:
     """Everything that a checkpoint would hold of the layer."""
     search = searched(W, x, name)
     problem = damped(W, x, search, name)
-    layer = rounded(problem, initial_branch(problem, RANK, seed=SEED, start=search.proj_up), name)
+    layer = rounded(problem, initial_branch(problem, (search.proj_down, search.proj_up), seed=SEED), name)
     layer = refit_branch(problem, layer, seed=SEED)
     candidates = clip_candidates([0.7, 0.85, 1.0], [-1, 0], get_format(name))
     errors = clip_errors([x[:256], x[512:]], W, layer, candidates)
@@ -79,9 +80,8 @@ def recipe(W: Tensor, x: Tensor, name: str) -> dict[str, Tensor]:
 def test_the_recipe_of_a_layer(device, problem_data, name):
     expected, found = recipe(*problem_data, name), recipe(*(tensor.to(device) for tensor in problem_data), name)
     assert all(tensor.device == torch.ones(1, device=device).device for tensor in found.values())
-    if device.startswith(
-        "cuda"
-    ):  # whose sums have another order, so that a value between two codes may get the other one
+    # CUDA adds in another order, so a value between two codes may be rounded to the other one.
+    if device.startswith("cuda"):
         torch.testing.assert_close(found["errors"].cpu(), expected["errors"], rtol=0.05, atol=0)
         return
     for key, tensor in found.items():
