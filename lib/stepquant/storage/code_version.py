@@ -11,6 +11,8 @@ PLUMBING = (
     "stepquant.command_runner",
     "stepquant.compute",
     "stepquant.errors",
+    "stepquant.param_recipe",
+    "stepquant.param_sections",
     "stepquant.params",
     "stepquant.storage.atomic",
     "stepquant.storage.code_version",
