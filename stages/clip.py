@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
@@ -25,7 +25,7 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     Reads the params sections compute, format and clip (with this expert's overrides), artifacts/model,
     artifacts/activations/EXPERT.zarr, artifacts/lowrank/EXPERT/ and artifacts/residual/EXPERT/. Writes artifacts/clip/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {
             "activations": artifacts.activations(expert),
             "lowrank": artifacts.lowrank(expert),

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.statistics_files import site_folder, tokens_per_column
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
@@ -27,7 +27,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     Reads the params sections compute, format, lowrank and gptq (with this expert's overrides), artifacts/model,
     artifacts/activations/EXPERT.zarr and artifacts/lowrank/EXPERT/. Writes artifacts/residual/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
         for site in WAN_SITES:
             warn_of_few_tokens(expert, site)

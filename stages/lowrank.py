@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import check_shapes, run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.manifest import read_manifest
@@ -25,7 +25,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     Reads the params sections compute, format, smooth, center, rotate and lowrank (with this expert's overrides),
     artifacts/model and artifacts/activations/EXPERT.zarr. Writes artifacts/lowrank/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
         check_shapes(
             read_manifest(artifacts.MODEL),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from stages import _artifacts as artifacts
-from stages._stage import ParamsFile, open_stage
+from stages._stage import ParamsFile, Place, open_stage
 from stepquant.calibration.statistics_files import block_name
 from stepquant.command_runner import command, main
 from stepquant.evaluate.metrics_file import Record, read_records
@@ -35,7 +35,7 @@ def report(params: ParamsFile = Path("params.yaml")) -> None:
     Reads all params (the page shows them), and the artifacts model, metrics, videos and clip.
     Writes artifacts/report/ (index.html, plots, preview.gif) and metrics.json.
     """
-    with open_stage(__file__, READS, params) as stage:
+    with open_stage(__file__, READS, params, device=Place.NOWHERE) as stage:
         manifest = read_manifest(artifacts.MODEL)
         records = read_records(artifacts.METRICS)
         variants = [record.variant for record in records]

@@ -25,6 +25,31 @@ from stepquant.param_sections import (
     Trajectories,
 )
 
+__all__ = [
+    "OVERRIDABLE",
+    "SECTIONS",
+    "Bins",
+    "Capture",
+    "Center",
+    "Clip",
+    "Compute",
+    "Evaluate",
+    "Format",
+    "Generate",
+    "Gptq",
+    "LowRank",
+    "Model",
+    "Report",
+    "Rotate",
+    "Sampling",
+    "Smooth",
+    "Storage",
+    "Trajectories",
+    "check",
+    "read_params",
+    "section",
+]
+
 SECTIONS: dict[str, Any] = {
     "compute": Compute,
     "model": Model,

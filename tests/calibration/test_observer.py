@@ -103,11 +103,11 @@ def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
     """TF32 for bfloat16 inputs alone, and only meanwhile."""
     allowed = []
     monkeypatch.setattr(
-        torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
     )
     for dtype in (torch.bfloat16, torch.float32):
         collect(tmp_path / str(dtype), x.to(dtype), BINS, chunk=5)
-        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     half = len(allowed) // 2
     assert allowed == [True] * half + [False] * half
 

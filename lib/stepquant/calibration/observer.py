@@ -212,9 +212,9 @@ def _panels(channels: int) -> list[tuple[int, int]]:
 def _products_for(dtype: torch.dtype) -> Iterator[None]:
     """Let a GPU round bfloat16 activations to TF32 in the products (float32 sums): its 10 bits of mantissa hold their 7, and a
     product in full float32 would take it several times as long as the block itself. CPUs have no TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or dtype == torch.bfloat16
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.bfloat16 else before
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
