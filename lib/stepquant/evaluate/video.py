@@ -23,6 +23,20 @@ from stepquant.storage.atomic import finished_or_absent
 LABEL_HEIGHT = 16  # pixels of the caption band of a preview
 
 
+def model_image(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """An input image as diffusers gives it to the model: resized by Lanczos (its VideoProcessor.preprocess).
+
+    Args:
+        image: The picture of a prompt, RGB.
+        height: Height of the video in pixels.
+        width: Width of the video in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Writes frames (uint8 [F, H, W, 3]) without loss as an MP4 that is byte-identical for identical frames.
 
