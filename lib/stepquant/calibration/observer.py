@@ -213,7 +213,7 @@ def _products_for(dtype: torch.dtype) -> Iterator[None]:
     """Let a GPU round bfloat16 activations to TF32 in the products (float32 sums): its 10 bits of mantissa hold their 7, and a
     product in full float32 would take it several times as long as the block itself. CPUs have no TF32."""
     before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.bfloat16 else before
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.bfloat16 else "ieee"
     try:
         yield
     finally:
