@@ -1,4 +1,4 @@
-"""evaluate@V: fidelity to BF16, temporal behavior, memory, and the error of every quantized layer on held-out tokens."""
+"""evaluate@V: fidelity to BF16, temporal metrics, memory, and the held-out error of every quantized layer."""
 
 from functools import partial
 from pathlib import Path

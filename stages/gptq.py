@@ -1,4 +1,4 @@
-"""gptq@E: round the residual with GPTQ, and refit the low-rank branch to what rounding lost, in turn."""
+"""gptq@E: round the residual with GPTQ, and refit the low-rank branch to the rounding error, alternately."""
 
 import sys
 from functools import partial
@@ -22,7 +22,7 @@ READS = ("compute", "format", "lowrank", "gptq")
 
 @command
 def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Round the residual of each site to 4 bits with GPTQ, and refit the low-rank branch to what that lost.
+    """Round the residual of each site to 4 bits with GPTQ, and refit the low-rank branch to the rounding error.
 
     Reads the params sections compute, format, lowrank and gptq (with this expert's overrides), artifacts/model,
     artifacts/activations/EXPERT.zarr and artifacts/lowrank/EXPERT/. Writes artifacts/residual/EXPERT/.
@@ -38,6 +38,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 def round_residual(
     settings: RoundSettings, expert: str, block: StoredBlock, site: Site
 ) -> tuple[ResidualFactors, dict[str, Any]]:
+    """The rounded residual and the refitted branch of one site of a block, and the record of the search."""
     found, record = round_site(block.weight(site), block.statistics(site), block.transform_factors(site), settings)
     if record["retries"]:
         where = f"gptq@{expert} block {block.index} {site.name}"
@@ -46,7 +47,7 @@ def round_residual(
 
 
 def warn_of_few_tokens(expert: str, site: Site) -> None:
-    """Warn where the Hessian rests on so few tokens that GPTQ fits their noise (docs/calibration.md)."""
+    """Warn if the Hessian comes from so few tokens that GPTQ fits their noise (docs/calibration.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
         remedy = "raise trajectories.calibration_prompts"
@@ -54,6 +55,7 @@ def warn_of_few_tokens(expert: str, site: Site) -> None:
 
 
 def warn(text: str) -> None:
+    """Print a warning; it is passed on from workers."""
     print(f"warning: {text}", file=sys.stderr)
 
 

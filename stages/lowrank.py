@@ -20,7 +20,7 @@ READS = ("compute", "format", "smooth", "center", "rotate", "lowrank")
 
 @command
 def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Search smoothing and rotation of each site and factor its outliers into a low-rank branch.
+    """Search smoothing and rotation of each site, and factor its weight into a low-rank branch and a residual.
 
     Reads the params sections compute, format, smooth, center, rotate and lowrank (with this expert's overrides),
     artifacts/model and artifacts/activations/EXPERT.zarr. Writes artifacts/lowrank/EXPERT/.
@@ -40,6 +40,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 
 def factor(settings: FactorSettings, block: StoredBlock, site: Site) -> tuple[TransformFactors, dict[str, Any]]:
+    """Transform and low-rank branch of one site of a block, and the record of the search."""
     return factor_site(block.weight(site), block.statistics(site), settings)
 
 

@@ -25,48 +25,34 @@ import os, torch
 from stepquant.params import Compute
 from stepquant.torch_setup import prepare_torch
 
-prepare_torch(Compute(device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0))
+where = {{"executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}}
+prepare_torch(Compute(device="cpu", dtype="float32", threads=1, **where))
 torch.nn.Linear(4, 4)(torch.zeros(1, 4))
 b = torch.backends
 print(
     torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-    torch.utils.deterministic.fill_uninitialized_memory, b.cudnn.benchmark, torch.is_grad_enabled(), torch.get_num_threads(),
-    b.fp32_precision, b.cuda.matmul.fp32_precision, b.cudnn.fp32_precision, b.cudnn.conv.fp32_precision,
-    b.cudnn.rnn.fp32_precision, os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.cuda.is_initialized(),
+    torch.utils.deterministic.fill_uninitialized_memory, b.cudnn.benchmark, torch.is_grad_enabled(),
+    torch.get_num_threads(), b.fp32_precision, b.cuda.matmul.fp32_precision, b.cudnn.fp32_precision,
+    b.cudnn.conv.fp32_precision, b.cudnn.rnn.fp32_precision, os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.cuda.is_initialized(),
 )
 """
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("before", "workspace"),
     [
-        "",
-        "torch.backends.fp32_precision = 'tf32'; torch.backends.cudnn.conv.fp32_precision = 'tf32'",
-        "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = True",
+        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cudnn.conv.fp32_precision = 'tf32'", None),
+        ("torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = True", ":16:8"),
     ],
-    ids=["a new process", "one that chose its precision", "one that chose it by the older settings"],
+    ids=["a precision was chosen", "by the older settings, and a workspace"],
 )
-def test_a_prepared_process_is_deterministic_and_precise(before):
-    done = subprocess.run([sys.executable, "-c", REPORT.format(before=before)], capture_output=True, text=True)
-    assert done.stdout.split() == [
-        "True",
-        "False",
-        "False",
-        "False",
-        "False",
-        "1",
-        *["ieee"] * 5,
-        ":4096:8",
-        "False",
-    ], done.stderr
-
-
-def test_a_workspace_that_the_user_chose_is_kept():
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    done = subprocess.run(
-        [sys.executable, "-c", REPORT.format(before="")], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.split()[-2] == ":16:8", done.stderr
+def test_a_prepared_process_is_deterministic_and_precise(before, workspace):
+    """Whatever was set before; a workspace that the user chose is kept."""
+    environment = os.environ | ({"CUBLAS_WORKSPACE_CONFIG": workspace} if workspace else {})
+    program = [sys.executable, "-c", REPORT.format(before=before)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    expected = ["True", "False", "False", "False", "False", "1", *["ieee"] * 5, workspace or ":4096:8", "False"]
+    assert done.stdout.split() == expected, done.stderr
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

@@ -74,7 +74,7 @@ def main(function: Callable[..., None]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, NumPy or torch could not allocate. torch is not imported for it: a process without it is quick."""
+    """Whether Python, NumPy or torch could not allocate. torch is not imported for it, because that takes seconds."""
     torch = sys.modules.get("torch")
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 

@@ -103,7 +103,7 @@ def test_killed_workers(compute, store, tmp_path, kind):
 
 @ALL
 def test_errors(compute, store, capsys, kind):
-    """What the user can fix is the same message everywhere; our own mistakes keep their type and the place in the worker."""
+    """What the user can fix is the same message everywhere; our bugs keep their type and their place in the worker."""
     with Executor(compute(kind), CODE) as workers:
         with pytest.raises(UserError) as mistake:
             map_units(workers, store, [work.mistake])
@@ -127,11 +127,19 @@ def test_errors(compute, store, capsys, kind):
 
 @SPAWNED
 def test_the_workers_own_the_device(compute, store, monkeypatch, kind):
-    """This process does not touch it: it may have none. `meta` is a device that every torch has."""
+    """This process does not touch it: it may have none. `meta` is a device that every torch has.
+
+    A worker that would make other bytes, as another model of GPU does, is refused.
+    """
     monkeypatch.setattr(executor, "prepare_torch", lambda compute: 1 / 0)
     with Executor(compute(kind, device="meta"), CODE) as workers:
         assert workers.versions == numerics_versions("meta")
         assert [unit.digest for unit in map_units(workers, store, [work.Write("a")])] == [store.find("0").digest]
+        workers.__dict__["versions"] = numerics_versions("meta") | {"gpu": "NVIDIA H100"}
+        with pytest.raises(UserError, match="gpu: None in a worker on .*, and NVIDIA H100 in the keys") as refused:
+            map_units(workers, store, [work.Write("a"), work.Write("b")])
+    assert str(refused.value).endswith("use workers with the same packages and the same model of GPU")
+    assert store.find("1") is None
 
 
 @SPAWNED
@@ -150,17 +158,6 @@ def test_a_name_that_is_no_device_starts_no_worker(compute, monkeypatch, kind):
     monkeypatch.setattr(Executor, "_engine", property(lambda self: 1 / 0))
     with pytest.raises(UserError, match="compute.device: 'abacus' cannot be used here: "):
         Executor(compute(kind, device="abacus"), CODE).versions
-
-
-@SPAWNED
-def test_a_worker_that_would_make_other_bytes_is_refused(compute, store, kind):
-    """As one with another model of GPU would: its units would stand under keys that name the first model."""
-    with Executor(compute(kind), CODE) as workers:
-        workers.__dict__["versions"] = numerics_versions("cpu") | {"gpu": "NVIDIA H100"}
-        with pytest.raises(UserError, match="gpu: None in a worker on .*, and NVIDIA H100 in the keys") as refused:
-            map_units(workers, store, [work.Write("a")])
-    assert str(refused.value).endswith("use workers with the same packages and the same model of GPU")
-    assert store.find("0") is None
 
 
 def test_a_share_of_a_gpu_that_is_not_there_is_refused(compute, store):

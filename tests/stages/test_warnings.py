@@ -3,8 +3,7 @@
 import torch
 
 from stages import lowrank
-
-HIGH = ("--expert", "high_noise")
+from tests.stages.conftest import HIGH
 
 
 def test_few_tokens_per_column_are_warned_of(folder):

@@ -1,7 +1,7 @@
 """Finished units of work, kept under a key that covers everything they were made from.
 
-A unit is a folder: one block of one expert, one prompt, and so on. It is written under a temporary name and renamed when
-it is complete, so it is finished or absent. A killed stage continues with the missing units. A unit whose code,
+A unit is a folder: one block of one expert, one prompt, and so on. It is written under a temporary name and renamed
+when it is complete, so it is finished or absent. A killed stage continues with the missing units. A unit whose code,
 parameters or inputs have changed has another key, so a stale unit is never found. Units are kept outside the outs of
 DVC, because DVC empties an out before its stage runs. A stage ends by hardlinking its units into the out.
 
@@ -86,7 +86,7 @@ class UnitStore:
         try:
             os.rename(partial, self.root / key)
         except OSError as error:
-            # Another process made the same unit meanwhile, such as a worker that was believed lost. Its bytes are equal.
+            # Another process, such as a worker that was believed lost, has made the same unit. Its bytes are equal.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or self.find(key) is None:
                 raise
 
