@@ -33,7 +33,8 @@ print(
     torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
     torch.utils.deterministic.fill_uninitialized_memory, b.cudnn.benchmark, torch.is_grad_enabled(),
     torch.get_num_threads(), b.fp32_precision, b.cuda.matmul.fp32_precision, b.cudnn.fp32_precision,
-    b.cudnn.conv.fp32_precision, b.cudnn.rnn.fp32_precision, os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.cuda.is_initialized(),
+    b.cudnn.conv.fp32_precision, b.cudnn.rnn.fp32_precision, os.environ["CUBLAS_WORKSPACE_CONFIG"],
+    torch.cuda.is_initialized(),
 )
 """
 
