@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._stage import Expert, ParamsFile, Stage, open_stage
+from stages._stage import Expert, ParamsFile, Place, Stage, open_stage
 from stepquant.calibration.replay import Shard, add_up_shards, cut_ranges, replayed_calls
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Trajectories
@@ -40,7 +40,7 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     Reads the params sections compute, bins (this expert's), capture and storage, artifacts/model and
     artifacts/trajectories.zarr. Writes artifacts/activations/EXPERT.zarr.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         manifest = read_manifest(artifacts.MODEL)
         described = manifest.expert(expert)
         bins = expert_bins(stage["bins"].by_expert, expert, described.t_range)

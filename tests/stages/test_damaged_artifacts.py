@@ -5,8 +5,7 @@ import shutil
 import pytest
 
 from stages import capture
-
-HIGH = ("--expert", "high_noise")
+from tests.stages.conftest import HIGH
 
 
 def in_place_of(file, content):
