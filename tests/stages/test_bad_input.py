@@ -120,7 +120,7 @@ def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
     message = refused("lowrank", *HIGH)
     assert (
         message
-        == "rotate.hadamard_sizes, high_noise attn1.out: block 512 for 256 channels; allowed: 0, or a power of two that divides 256"
+        == "rotate.hadamard_sizes, high_noise attn1.out: Hadamard size 512 for 256 channels; allowed: 0, or a power of two that divides 256"
     )
 
 
