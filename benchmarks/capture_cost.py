@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.make_shape import EXPERT, add_options, from_options, make_shape
-from stepquant.calibration.observer import SiteObserver, plan_sampling
+from stepquant.calibration.observer import SiteObserver
 from stepquant.calibration.replay import replay_block
+from stepquant.calibration.sampling_plan import plan_sampling
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.bins import make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs

@@ -103,7 +103,7 @@ def _statistics(tokens: Tensor, held_out: Tensor) -> SiteStatistics:
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
     centered = calibration - mean
     H = centered.T @ centered / len(centered)
-    kept = {"shift": mean, "hessian": H, "absmax": absmax[None], "mean": mean[None]}
+    kept = {"shift": mean, "hessian": H, "hessian_diagonal": H.diagonal(), "absmax": absmax[None], "mean": mean[None]}
     kept |= {"search.0": calibration[:SEARCH], "validation.0": validation, "heldout.0": held_out}
     return SiteStatistics(kept.__getitem__, bins=1)
 

@@ -224,7 +224,7 @@ def write_trajectories(folder: Path, shape: Shape, calls: Calls, seed: int) -> N
     splits = [split for split, count in calls.prompts().items() for _ in range(count)]
     for i, split in enumerate(splits):
         name = f"{split}_{i:02d}"
-        write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), 16, split, name)
+        write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), calls.steps, 16, split, name)
         prompts[name] = content_key(files=file_digests(folder / name))
     (folder / "zarr.json").write_text(group_metadata({"prompts": prompts}))
 

@@ -94,12 +94,12 @@ def plot(peaks: list[Peak], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from stepquant.report.plots import COLOURS, MARKERS, STYLE
+    from stepquant.report.plots import COLORS, MARKERS, STYLE
 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for stage, colour, marker in zip(STAGES, COLOURS, MARKERS):
+        for stage, colour, marker in zip(STAGES, COLORS, MARKERS):
             points = sorted((peak.blocks, peak.gigabytes) for peak in peaks if peak.stage == stage)
             axes.plot(*zip(*points), label=stage, color=colour, marker=marker)
         axes.axhline(LIMIT_GB, color="#888888", linestyle="--", linewidth=1, label="goal at the full width")

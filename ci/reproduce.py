@@ -1,10 +1,10 @@
-"""Runs the whole pipeline again in a copy of this checkout and compares what came out. `make reproduce` calls it.
+"""Runs the whole pipeline again in a copy of this checkout and compares the results. `make reproduce` calls it.
 
 Two claims are checked after a finished `dvc repro`:
 
-1. Same machine, same bytes: every stage, run once more without finished units, run-cache or artifacts to lean on, gives
-   the hash that dvc.lock of this checkout holds.
-2. Other machine, same numbers: metrics.json agrees with the committed reference within the tolerances written there.
+1. Same machine, same bytes: run again without finished units, run-cache or artifacts, every stage gives the hashes in
+   dvc.lock of this checkout.
+2. Other machine, same numbers: metrics.json agrees with the committed reference within its tolerances.
 
 Exit code 0 if both hold, 1 if one does not, 2 if this checkout has not been run yet. `--accept` makes this checkout's
 metrics.json the new reference.
@@ -25,7 +25,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path("data/reference/metrics.json")
-# What the pipeline reads. Everything else is made by it.
+# The inputs of the pipeline; it makes everything else.
 SOURCES = ("dvc.yaml", "params.yaml", "stages", "lib", "data/models", "data/calibration", "data/evaluation")
 
 
@@ -62,7 +62,7 @@ def rerun_differences(root: Path, environment: dict[str, str]) -> list[str]:
 
 
 def copy_sources(root: Path, copy: Path, names: tuple[str, ...] = SOURCES) -> None:
-    """A runnable copy of a checkout: what the pipeline reads and DVC's settings; no artifact, unit, cache or lock file."""
+    """A runnable copy of a checkout: inputs of the pipeline and settings of DVC; no artifact, unit, cache or lock."""
     copy.mkdir(parents=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in (*names, ".dvcignore"):
@@ -73,12 +73,12 @@ def copy_sources(root: Path, copy: Path, names: tuple[str, ...] = SOURCES) -> No
             shutil.copyfile(root / name, copy / name)
     (copy / ".dvc").mkdir()
     shutil.copyfile(root / ".dvc" / "config", copy / ".dvc" / "config")
-    # A copy is no git repository, and DVC insists on one unless told.
+    # The copy is no git repository, which DVC requires unless it is told otherwise.
     (copy / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
 
 
 def pipeline_environment(root: Path) -> dict[str, str]:
-    """Environment in which `python` is this interpreter and `stepquant` is the one of that checkout."""
+    """An environment in which `python` is this interpreter and `stepquant` is that of the checkout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return os.environ | {"PATH": path, "PYTHONPATH": str(root / "lib"), "DVC_NO_ANALYTICS": "1"}
 
@@ -88,7 +88,7 @@ def run_dvc(root: Path, environment: dict[str, str], *arguments: str) -> subproc
 
 
 def lock_hashes(lock: Path) -> dict[str, str]:
-    """Hash of every out of every stage, as DVC recorded it; keys are "stage: path"."""
+    """The hash of every out, as DVC recorded it; keys are "stage: path"."""
     stages = yaml.safe_load(lock.read_text())["stages"]
     return {f"{name}: {out['path']}": out["md5"] for name, stage in stages.items() for out in stage.get("outs", ())}
 
@@ -100,16 +100,24 @@ def hash_differences(first: dict[str, str], second: dict[str, str]) -> Iterator[
 
 
 def reference_differences(root: Path) -> list[str]:
-    """What of metrics.json is outside the reference's tolerances."""
+    """The values of metrics.json that are outside the tolerances of the reference."""
     reference = json.loads((root / REFERENCE).read_text())
     metrics = json.loads((root / "metrics.json").read_text())
     return list(metric_differences(reference["metrics"], metrics, reference["tolerance"]))
 
 
 def metric_differences(expected: Any, found: Any, tolerance: dict[str, Any], key: str = "") -> Iterator[str]:
-    """Compare nested numbers; the tolerance of the closest named key applies to all below it.
+    """Compare nested numbers.
 
-    tolerance: key -> {"absolute": x} or {"relative": x}, such as {"psnr": {"absolute": 0.5}}.
+    Args:
+        expected: Numbers of the reference, in nested dicts.
+        found: Numbers of this checkout.
+        tolerance: key -> {"absolute": x} or {"relative": x}, such as {"psnr": {"absolute": 0.5}}. It applies to
+            everything below the key.
+        key: Where these numbers are, for the messages.
+
+    Yields:
+        A line per difference.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         for name in sorted(expected.keys() | found.keys()):
@@ -127,7 +135,7 @@ def _agree(expected: float | None, found: float | None, tolerance: dict[str, flo
 
 
 def accept(root: Path) -> None:
-    """Make the checkout's metrics the reference's; reasons and tolerances stay."""
+    """Make the metrics of a checkout the reference; reasons and tolerances stay."""
     reference = json.loads((root / REFERENCE).read_text())
     reference["metrics"] = json.loads((root / "metrics.json").read_text())
     (root / REFERENCE).write_text(json.dumps(reference, indent=2) + "\n")

@@ -4,6 +4,6 @@ import sys
 
 from stepquant.compute.process import die_with_parent
 
-# `python -m stages.NAME` imports this package first, and torch, which takes seconds, only after it: DVC may die meanwhile.
+# `python -m stages.NAME` imports this package first. Importing torch takes seconds, in which DVC may already die.
 if sys.argv[0] == "-m":
     die_with_parent()

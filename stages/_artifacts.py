@@ -1,4 +1,4 @@
-"""Where every stage leaves what it made; dvc.yaml says the same."""
+"""The paths of all artifacts, as in dvc.yaml."""
 
 from pathlib import Path
 

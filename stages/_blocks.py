@@ -1,7 +1,7 @@
-"""What lowrank, gptq and clip share: one unit per block of an expert, from that block's weights, statistics and factors.
+"""The common part of lowrank, gptq and clip: one unit per block, from the block's weights, statistics and factors.
 
 artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, ...}
-artifacts/<stage>/<expert>/<block>/...              what recipe/site_files.py says
+artifacts/<stage>/<expert>/<block>/...              see recipe/site_files.py
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,16 @@ SiteWork = Callable[[StoredBlock, Site], tuple[SiteRecord, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class BlockWork:
-    """The work of one unit: every site of one block. Any process that shares the artifacts can do it."""
+    """The work of one unit: every site of one block. Any process that shares the artifacts can do it.
+
+    Attributes:
+        index: Index of the transformer block.
+        expert: Name of the expert.
+        manifest: The source model.
+        compute: Device and dtype.
+        sources: Name -> artifact that the work reads.
+        work: What is done for one site.
+    """
 
     index: int
     expert: str
@@ -50,10 +59,19 @@ class BlockWork:
 
 
 def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: SiteWork, **extra: Any) -> None:
-    """Do `work` for every site of every block of an expert, and gather the blocks into `out`.
+    """Do some work for every site of every block of an expert, and gather the blocks into the out of the stage.
 
-    sources: the artifacts this stage reads, by name; each has a manifest.json with its blocks' digests. work: it may run
-    in another process, so it is a function of a module or a partial of one. extra: what else the manifest shall say.
+    Args:
+        stage: The open stage.
+        expert: Name of the expert.
+        sources: Name -> artifact that the work reads. Its manifest.json has the digests of its blocks.
+        out: The out.
+        work: What is done for one site. It is pickled for other processes, so it is a function of a module or a
+            partial of one.
+        **extra: Further entries of the out's manifest.
+
+    Raises:
+        UserError: An artifact is missing or damaged, or the work reports an error.
     """
     manifest = read_manifest(artifacts.MODEL)
     digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
@@ -76,7 +94,18 @@ def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, w
 def check_shapes(
     manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()
 ) -> None:
-    """Refuse, before any work, a format or rotation that does not divide a site's channels, or a rank larger than its weight."""
+    """Refuse settings that do not fit the model, before any work.
+
+    Args:
+        manifest: The source model.
+        expert: Name of the expert.
+        formats: Formats whose group sizes must divide the channels of every site.
+        rank: Rank of the low-rank branch, at most the smaller dimension of every site's weight.
+        hadamard_sizes: Sizes that must divide the channels of every site.
+
+    Raises:
+        UserError: The first of them that does not fit.
+    """
     for name, site in manifest.expert(expert).sites.items():
         where, rows, columns = f"{expert} {name}", site.rows, site.columns
         for kind in ("weight", "activation"):

@@ -1,4 +1,4 @@
-"""What every stage does around its work: read its own params, check the device, lock, set threads.
+"""What every stage does around its work: read its own parameters, prepare the device, take the lock.
 
 Plumbing only: nothing here can change a number.
 """
@@ -6,6 +6,7 @@ Plumbing only: nothing here can change a number.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from stepquant.compute.units import UnitStore
 from stepquant.recipe.variants import ORDER
 from stepquant.storage.code_version import code_digest, source_files
 from stepquant.storage.digests import content_key
-from stepquant.torch_setup import prepare_torch
+from stepquant.torch_setup import ARITHMETIC, SAMPLING, numerics_versions, prepare_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = Path(".units")
@@ -29,47 +30,105 @@ Expert = Annotated[str, typer.Option(help="Which denoiser: high_noise, low_noise
 VariantName = Annotated[str, typer.Option("--variant", help=f"Which recipe: {', '.join(ORDER)}.")]
 
 
+class Place(Enum):
+    """Where a stage uses `compute.device`."""
+
+    STAGE = auto()  # in the process of the stage
+    WORKERS = auto()  # in the workers of the executor, one of which can be the stage itself
+    NOWHERE = auto()
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One run of a stage: its validated params sections, and the store of its finished units. It can be pickled."""
+    """One run of a stage.
+
+    Attributes:
+        name: The name of the stage.
+        sections: Its validated sections of the parameters.
+        units: The store of its finished units.
+        code: Digest of the code that it runs.
+        versions: What else decides numbers where the work runs (torch_setup.numerics_versions).
+        workers: The executor of a stage that has Place.WORKERS.
+    """
 
     name: str
     sections: dict[str, Any]
     units: UnitStore
     code: str
+    versions: dict[str, str]
+    workers: Executor | None
 
     def __getitem__(self, section: str) -> Any:
-        """A params section; KeyError (our mistake) if the stage did not say that it reads it."""
+        """A section of the parameters; KeyError (a bug of ours) if the stage did not say that it reads it."""
         return self.sections[section]
 
     def key(self, reads: tuple[str, ...] | None = None, **inputs: Any) -> str:
-        """The key of one unit: code, arithmetic, the params sections it uses (None: all of the stage's), and its inputs."""
-        import torch
+        """The key of one unit.
 
+        Args:
+            reads: The sections that the unit depends on; None for all of the stage's.
+            **inputs: What the unit is made from, as JSON: digests of artifacts, numbers of blocks ...
+
+        Returns:
+            A digest of these and of the stage's name, code and library versions.
+        """
         params = {name: self.sections[name].decisive() for name in (self.sections if reads is None else reads)}
-        return content_key(stage=self.name, code=self.code, torch=torch.__version__, params=params, inputs=inputs)
+        return content_key(stage=self.name, code=self.code, versions=self.versions, params=params, inputs=inputs)
 
     def executor(self) -> Executor:
-        """Makes this stage's units where the params say; a context, whose end is that of its workers."""
-        return Executor(self["compute"], list(CODE.values()))
+        """Makes units with the workers that the parameters ask for. A context: its end stops the workers."""
+        if self.workers is None:
+            raise ValueError(f"stage {self.name} has no workers; open it with Place.WORKERS")
+        return self.workers
 
 
 @contextmanager
 def open_stage(
-    file: str, reads: tuple[str, ...], params: Path, *, expert: str | None = None, variant: str | None = None
+    file: str,
+    reads: tuple[str, ...],
+    params: Path,
+    *,
+    expert: str | None = None,
+    variant: str | None = None,
+    device: Place = Place.STAGE,
 ) -> Iterator[Stage]:
-    """Everything around a stage's work: check params and device, take the lock, set threads, sweep half-written units.
+    """Everything around the work of a stage.
 
-    file: the stage's own file, which names it. reads: the params sections it gets; experts' overrides are merged in.
+    Args:
+        file: The file of the stage, which names it.
+        reads: The sections of the parameters that it gets.
+        params: The params file.
+        expert: Whose overrides to merge in.
+        variant: The variant of the stage. Together with the expert it names the lock and the store of the units.
+        device: Where `compute.device` is used, and therefore checked.
+
+    Yields:
+        The open stage, under its lock. Half-written units of killed processes have been removed.
+
+    Raises:
+        UserError: A parameter or the device is not allowed, or the stage is running already.
     """
     die_with_parent()
     name = Path(file).stem
     sections = {section: parameters.section(params, section, expert) for section in reads}
-    if "compute" in sections:
-        prepare_torch(sections["compute"])
     label = "@".join(filter(None, (name, expert or variant)))
     code = code_digest(source_files(Path(file), CODE))
-    with exclusive(UNITS / f"{label}.lock"):
+    with exclusive(UNITS / f"{label}.lock"), _prepared(sections, device) as (workers, versions):
         units = UnitStore(UNITS / label)
         units.sweep()
-        yield Stage(name, sections, units, code)
+        yield Stage(name, sections, units, code, versions, workers)
+
+
+@contextmanager
+def _prepared(sections: dict[str, Any], device: Place) -> Iterator[tuple[Executor | None, dict[str, str]]]:
+    """The executor of a stage, if it has one, and the versions that go into the keys of its units."""
+    compute = sections.get("compute")
+    if compute is None or device is Place.NOWHERE:
+        yield None, {}
+    elif device is Place.STAGE:
+        prepare_torch(compute)
+        # The stages that read the section sampling encode prompts and write videos.
+        yield None, numerics_versions(compute.device, ARITHMETIC + SAMPLING * ("sampling" in sections))
+    else:
+        with Executor(compute, list(CODE.values())) as workers:
+            yield workers, workers.versions

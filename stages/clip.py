@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
@@ -20,12 +20,13 @@ READS = ("compute", "format", "clip")
 
 @command
 def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Search, per site and timestep bin, what the activation scale is multiplied with.
+    """Search the clip of the dynamic activation scale, per site and timestep bin.
 
     Reads the params sections compute, format and clip (with this expert's overrides), artifacts/model,
-    artifacts/activations/EXPERT.zarr, artifacts/lowrank/EXPERT/ and artifacts/residual/EXPERT/. Writes artifacts/clip/EXPERT/.
+    artifacts/activations/EXPERT.zarr, artifacts/lowrank/EXPERT/ and artifacts/residual/EXPERT/.
+    Writes artifacts/clip/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {
             "activations": artifacts.activations(expert),
             "lowrank": artifacts.lowrank(expert),
@@ -37,6 +38,7 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 
 def search_clip(settings: ClipSettings, block: StoredBlock, site: Site) -> tuple[ClipTable, dict[str, Any]]:
+    """The clip table of one site of a block, and the record of its search."""
     layer = block.residual_factors(site).layer(block.transform_factors(site).transform, quant_scheme(settings.format))
     return clip_site(block.weight(site), layer, block.statistics(site), settings)
 

@@ -1,4 +1,4 @@
-"""gptq@E: round the residual with GPTQ, and refit the low-rank branch to what rounding lost, in turn."""
+"""gptq@E: round the residual with GPTQ, and refit the low-rank branch to the rounding error, alternately."""
 
 import sys
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.statistics_files import site_folder, tokens_per_column
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
@@ -22,12 +22,12 @@ READS = ("compute", "format", "lowrank", "gptq")
 
 @command
 def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Round the residual of each site to 4 bits with GPTQ, and refit the low-rank branch to what that lost.
+    """Round the residual of each site to 4 bits with GPTQ, and refit the low-rank branch to the rounding error.
 
     Reads the params sections compute, format, lowrank and gptq (with this expert's overrides), artifacts/model,
     artifacts/activations/EXPERT.zarr and artifacts/lowrank/EXPERT/. Writes artifacts/residual/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
         for site in WAN_SITES:
             warn_of_few_tokens(expert, site)
@@ -38,6 +38,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 def round_residual(
     settings: RoundSettings, expert: str, block: StoredBlock, site: Site
 ) -> tuple[ResidualFactors, dict[str, Any]]:
+    """The rounded residual and the refitted branch of one site of a block, and the record of the search."""
     found, record = round_site(block.weight(site), block.statistics(site), block.transform_factors(site), settings)
     if record["retries"]:
         where = f"gptq@{expert} block {block.index} {site.name}"
@@ -46,7 +47,7 @@ def round_residual(
 
 
 def warn_of_few_tokens(expert: str, site: Site) -> None:
-    """Warn where the Hessian rests on so few tokens that GPTQ fits their noise (docs/calibration.md)."""
+    """Warn if the Hessian comes from so few tokens that GPTQ fits their noise (docs/calibration.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
         remedy = "raise trajectories.calibration_prompts"
@@ -54,6 +55,7 @@ def warn_of_few_tokens(expert: str, site: Site) -> None:
 
 
 def warn(text: str) -> None:
+    """Print a warning; it is passed on from workers."""
     print(f"warning: {text}", file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import check_shapes, run_blocks
-from stages._stage import Expert, ParamsFile, open_stage
+from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.manifest import read_manifest
@@ -20,12 +20,12 @@ READS = ("compute", "format", "smooth", "center", "rotate", "lowrank")
 
 @command
 def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
-    """Search smoothing and rotation of each site and factor its outliers into a low-rank branch.
+    """Search smoothing and rotation of each site, and factor its weight into a low-rank branch and a residual.
 
     Reads the params sections compute, format, smooth, center, rotate and lowrank (with this expert's overrides),
     artifacts/model and artifacts/activations/EXPERT.zarr. Writes artifacts/lowrank/EXPERT/.
     """
-    with open_stage(__file__, READS, params, expert=expert) as stage:
+    with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
         check_shapes(
             read_manifest(artifacts.MODEL),
@@ -40,6 +40,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 
 def factor(settings: FactorSettings, block: StoredBlock, site: Site) -> tuple[TransformFactors, dict[str, Any]]:
+    """Transform and low-rank branch of one site of a block, and the record of the search."""
     return factor_site(block.weight(site), block.statistics(site), settings)
 
 

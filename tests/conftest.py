@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory) -> Iterator[str]:
-    """The address of a local Ray cluster of two workers, which this process and its children may join; one per test run."""
+    """The address of a local Ray cluster of two workers for this process and its children; one per test run."""
 
     def make(folder: Path) -> None:
         folder.mkdir()

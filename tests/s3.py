@@ -1,4 +1,4 @@
-"""As much of the S3 protocol as an object store client needs, in memory, on this machine: put (in parts too), get, head, list."""
+"""The part of the S3 protocol that an object store client needs, in memory: put (in parts too), get, head, list."""
 
 import re
 import threading

@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from stepquant.command_runner import command
-from stepquant.errors import UserError
+from stepquant.errors import OutOfMemory, UserError
 
 
 def invoke(function, *arguments):
@@ -42,7 +43,7 @@ def test_a_user_s_mistake_is_one_message_and_exit_code_2():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT])
-def test_what_the_file_system_refuses_is_the_user_s_to_mend(number):
+def test_what_the_file_system_refuses_is_the_user_s_to_fix(number):
     result = invoke(raising(OSError(number, "refused", "artifacts/model")))
     assert result.exit_code == 2
     assert result.stderr.startswith("error: artifacts/model: ") and result.stderr.count("\n") == 1
@@ -65,6 +66,43 @@ def test_a_full_disk_that_names_no_file_names_the_folder(error, tmp_path, monkey
     result = invoke(raising(error))
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: a file below {tmp_path}: No space left on device; ")
+
+
+SHORTAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Of the allocated memory 76 GiB is in use"
+FOUND = "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (
+            "capture",
+            torch.OutOfMemoryError(SHORTAGE),
+            f"{FOUND}; stage capture: lower capture.calls_per_chunk (device)",
+        ),
+        ("lowrank", torch.OutOfMemoryError(SHORTAGE), f"{FOUND}; stage lowrank: lower capture.search_tokens"),
+        ("clip", OutOfMemory("cuda:0 is full"), "cuda:0 is full; stage clip: lower capture.search_tokens"),
+        ("generate", MemoryError(), "out of memory: on the host; stage generate: sample on a larger machine"),
+        ("plan", torch.OutOfMemoryError(SHORTAGE), FOUND),
+    ],
+)
+def test_a_device_that_is_full_is_the_user_s_to_fix(name, error, message):
+    """The message says what was asked for, and which parameter of the stage to lower."""
+    function = raising(error)
+    function.__name__ = name
+    result = invoke(function)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_torch_is_not_imported_to_tell_its_errors_apart():
+    program = (
+        "import sys\n"
+        "from stepquant.command_runner import user_error\n"
+        "print(user_error(RuntimeError('x')), isinstance(user_error(MemoryError()), Exception), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "None True False\n", done.stderr
 
 
 @pytest.mark.parametrize(

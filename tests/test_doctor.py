@@ -33,7 +33,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name, known=doctor._version: None if name == "dvc" else known(name))
     result = invoke()
     assert result.exit_code == 1
-    assert "missing: dvc, without which there is no dvc repro; pip install 'stepquant[pipeline]'" in result.stdout
+    assert "missing: dvc, which dvc repro needs; pip install 'stepquant[pipeline]'" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_the_params_ask_for(tmp_path, monkeypatch, change, message):
     Path("params.yaml").write_text(read_profiles()["demo"].replace(*change, 1))
     result = invoke()
     assert result.exit_code == (1 if message else 0)
-    assert (message or "owner/name is no folder here; stage model will download it") in result.stdout
+    assert (message or "owner/name is not a folder here; stage model will download it") in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,24 @@ def test_a_bad_value_is_named_with_what_is_allowed(tmp_path, key, value, allowed
     assert refusal(path) == message
 
 
+def test_ray_numbers_the_gpus_of_a_worker_itself(tmp_path):
+    """A worker sees the GPU it was given as cuda:0, so cuda:1 would be a GPU that is not there."""
+    changes = [("compute.device", "cuda:1"), ("compute.executor", "ray")]
+    message = refusal(write(tmp_path, changes), "compute")
+    assert message.startswith("compute.executor: found 'ray'; ")
+    assert message.endswith("so compute.device: cuda:1 names no GPU; set compute.device: cuda")
+    for device, executor in (("cuda", "ray"), ("cpu", "ray"), ("cuda:1", "local")):
+        path = write(tmp_path, [("compute.device", device), ("compute.executor", executor)])
+        assert params.section(path, "compute").device == device
+
+
+def test_every_key_is_described():
+    """Its section's docstring lists it under Attributes."""
+    for name, model in params.SECTIONS.items():
+        described = model.__doc__.partition("Attributes:")[2]
+        assert all(f" {key}: " in described for key in model.model_fields), name
+
+
 def test_a_float_may_be_written_as_a_whole_number(tmp_path):
     assert params.section(write(tmp_path, [("sampling.flow_shift", 5)]), "sampling").flow_shift == 5.0
 

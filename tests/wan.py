@@ -1,4 +1,4 @@
-"""A small random denoiser with everything in it that the real one has: two blocks, qk norm, cross-attention norm, modulation."""
+"""A small random denoiser with all parts of the real one: two blocks, qk norm, cross-attention norm, modulation."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ CHANNELS, TEXT_LENGTH, TEXT_DIM = 36, 5, 32
 
 
 def save_expert(folder: Path, dtype: torch.dtype, seed: int = 0) -> Path:
-    """Save the denoiser as diffusers does, its weights cast to dtype; every parameter is random, norms and biases included."""
+    """Save the denoiser as diffusers does, with weights in dtype. All parameters are random, also norms and biases."""
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,

@@ -1,4 +1,5 @@
-"""A small copy of the repository in which the whole pipeline runs in a minute or two: two blocks per expert, 32 x 32 pixels."""
+"""A small copy of the repository in which the whole pipeline takes a minute or two: two blocks per expert, 32 x 32
+pixels."""
 
 import importlib.util
 import json
@@ -51,7 +52,7 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        # /bin/sh is what DVC takes where SHELL is not set, as in most CI, and often the shell that keeps to POSIX most strictly.
+        # DVC uses /bin/sh if SHELL is not set, as in most CI; it is often the shell that follows POSIX most strictly.
         own = {"SHELL": "/bin/sh", "DVC_SITE_CACHE_DIR": str(self.root.parent / f".{self.root.name}-site")}
         return (
             pipeline_environment(self.root)

@@ -1,4 +1,4 @@
-"""The `stepquant` command: what works anywhere, and the pipeline's stages when it runs inside the repository."""
+"""The `stepquant` command. Inside the repository it offers the stages of the pipeline as well."""
 
 import ast
 import importlib
@@ -27,7 +27,7 @@ app = typer.Typer(
 @app.command()
 @command
 def check(params: Annotated[Path, typer.Option(help="The params file to check.")] = Path("params.yaml")) -> None:
-    """Validate a params file: every section, and every section as each expert sees it."""
+    """Validate a params file: every section, and every section with the overrides of each expert."""
     parameters.check(params)
     print(f"{params}: fine")
 
@@ -35,17 +35,19 @@ def check(params: Annotated[Path, typer.Option(help="The params file to check.")
 @app.command()
 @command
 def profile(
-    name: Annotated[str, typer.Argument(help="demo, wan2.2-i2v-a14b, or paper (its recipe on top of either).")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite changes of your own.")] = False,
+    name: Annotated[
+        str, typer.Argument(help="demo, wan2.2-i2v-a14b, or paper (only a recipe, applied on top of either).")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite your own changes.")] = False,
     params: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
 ) -> None:
-    """Write params.yaml from a ready-made profile; changes of your own are kept unless --force is given."""
+    """Write params.yaml from a ready-made profile. Your own changes are not overwritten unless --force is given."""
     ready = profiles.read_profiles()
     if name not in ready:
         raise UserError(f"no profile '{name}'; allowed: {', '.join(sorted(ready))}")
     current = params.read_text() if params.exists() else None
     if current is not None and not force and current not in profiles.written_by_profiles(ready):
-        raise UserError(f"{params} has changes that no profile has; keep them, or overwrite them with --force")
+        raise UserError(f"{params} has your own changes; keep them, or overwrite them with --force")
     write_text(params, profiles.overlay(current, ready[name]))
     parameters.check(params)
     print(f"{params}: now the profile {name}")
@@ -70,14 +72,14 @@ def show(
 @command
 def plan(
     params: Annotated[Path, typer.Option(help="The params file of the run.")] = Path("params.yaml"),
-    profile: Annotated[str | None, typer.Option(help="A ready-made profile in its place.")] = None,
+    profile: Annotated[str | None, typer.Option(help="A ready-made profile instead of it.")] = None,
     machine: Annotated[
-        list[str] | None, typer.Option(help="cpu, rtx4090, a100, h100 or 8xh100; may be given more than once.")
+        list[str] | None, typer.Option(help="cpu, rtx4090, a100, h100 or 8xh100; can be repeated.")
     ] = None,
 ) -> None:
-    """Say what a run would take, before it runs: time, memory and disk per stage, from shapes alone.
+    """Print what a run would take, before it runs: time, memory and disk per stage, computed from shapes.
 
-    Without --machine it is this one, or the usual GPUs where compute.device is none of this machine's.
+    Without --machine, the plan is for this machine if compute.device is cpu, else for some common GPUs.
     """
     from stepquant.plan.printing import print_plan
 
@@ -89,7 +91,7 @@ def plan(
 def doctor(
     params: Annotated[Path, typer.Option(help="The params file, if there is one.")] = Path("params.yaml"),
 ) -> None:
-    """Look at this machine: versions, devices, free space, and what is missing. Exit code 1 if something must be fixed."""
+    """Check this machine: versions, devices, free space, missing packages. Exit code 1 if something must be fixed."""
     from stepquant.doctor import examine
 
     healthy = True
@@ -103,13 +105,16 @@ def doctor(
 @command
 def gc(
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Units younger than this stay: an interrupted run goes on from them.")
+        float, typer.Option(min=0, help="Keep units younger than this, from which an interrupted run continues.")
     ] = 7,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; print what would be removed.")] = False,
     artifacts: Annotated[Path, typer.Option(help="Where the stages write.")] = Path("artifacts"),
     units: Annotated[Path, typer.Option(help="Where finished units of work are.")] = Path(".units"),
 ) -> None:
-    """Remove units of work that no artifact holds. DVC still brings back earlier results from its cache (`dvc gc` empties that)."""
+    """Remove units of work that belong to no artifact.
+
+    Earlier results stay in the cache of DVC, which `dvc gc` empties.
+    """
     from stepquant.compute.garbage import collect
 
     found = collect(units, artifacts, keep_days, dry_run)
@@ -117,9 +122,9 @@ def gc(
 
 
 def _add_stages() -> None:
-    """Offer the stages if this is a checkout of the repository: they belong to it, not to the wheel.
+    """Offer the stages if the current folder is a checkout: they are part of the repository, not of the wheel.
 
-    Only the stage that is called is imported, which brings torch; the others are known by their docstrings.
+    Only the stage that is called is imported, because it imports torch. The others are listed by their docstrings.
     """
     here = Path.cwd()
     if not (here / "dvc.yaml").is_file() or not (here / "stages" / "_stage.py").is_file():

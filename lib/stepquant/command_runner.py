@@ -1,4 +1,4 @@
-"""How every command of the project ends: done, or one message that says what to fix."""
+"""How every command of the project ends: with success, or with one message that says what to fix."""
 
 import errno
 import functools
@@ -14,45 +14,56 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-from stepquant.errors import UserError
+from stepquant.compute.advice import LESS_MEMORY
+from stepquant.errors import OutOfMemory, UserError
 
-# What the file system refuses and the user can fix; anything else is our bug and keeps its traceback (exit code 1).
+# Refusals of the file system that the user can fix. Any other error is a bug of ours and keeps its traceback.
 _USER_CAN_FIX = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a Typer command end with one clear message and exit code 2 when the user can fix what went wrong."""
+    """Make a Typer command print one message and exit with code 2 where the user can fix what went wrong.
+
+    Args:
+        function: The command. If it is a stage that ran out of memory, the message says which parameter to lower.
+
+    Returns:
+        The same command. Any other exception leaves it unchanged, and ends the program with code 1.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except (UserError, OSError, SafetensorError) as error:
-            message = remedy(error)
-            if message is None:
+        except Exception as error:
+            found = user_error(error)
+            if found is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {found}{_advice(found, function.__name__)}", file=sys.stderr)
             raise typer.Exit(2) from None
 
-    run.__signature__ = inspect.signature(function)
+    run.__dict__["__signature__"] = inspect.signature(function)
     return run
 
 
-def remedy(error: Exception) -> str | None:
-    """What to tell the user about an error that the user can fix; None for any other."""
+def user_error(error: Exception) -> UserError | None:
+    """The error as one that the user can fix, or None if it is a bug of ours."""
     if isinstance(error, UserError):
-        return str(error)
-    number = _error_number(error)
+        return error
+    if _is_out_of_memory(error):
+        return OutOfMemory(f"out of memory: {_first_sentences(str(error)) or 'on the host'}")
+    number = _error_number(error) if isinstance(error, OSError | SafetensorError) else None
     if number not in _USER_CAN_FIX:
         return None
     where = getattr(error, "filename", None) or f"a file below {Path.cwd()}"
-    return f"{where}: {os.strerror(number)}; free space or make the folder writable, then run the same command again"
+    what = f"{os.strerror(number)}; free space or make the folder writable, then run the same command again"
+    return UserError(f"{where}: {what}")
 
 
 def main(function: Callable[..., None]) -> None:
     """Run one command as a program, as `python -m stages.NAME` does.
 
-    The command is taken from the module by its name: what it sends to other processes could not be found in __main__ there.
+    The command is taken from its module by name: other processes could not import what it sends them from `__main__`.
     """
     spec = sys.modules["__main__"].__spec__
     if spec is not None and function.__module__ == "__main__":
@@ -62,9 +73,25 @@ def main(function: Callable[..., None]) -> None:
     app()
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or torch could not allocate. torch is not imported for it, because that takes seconds."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def _first_sentences(message: str) -> str:
+    """What was asked for, and what the device has; torch goes on with advice about its allocator."""
+    return ". ".join(message.split(". ")[:3]).rstrip(".")
+
+
+def _advice(error: UserError, name: str) -> str:
+    return f"; stage {name}: {LESS_MEMORY[name]}" if isinstance(error, OutOfMemory) and name in LESS_MEMORY else ""
+
+
 def _error_number(error: Exception) -> int | None:
-    """What the file system answered. safetensors and shutil.copytree keep it in their message only."""
-    if getattr(error, "errno", None) is not None:
-        return error.errno
+    """The errno of an error. safetensors and shutil.copytree have it in their message only."""
+    number = getattr(error, "errno", None)
+    if number is not None:
+        return int(number)
     found = re.search(r"(?:Errno|os error) (\d+)", str(error))
     return int(found[1]) if found else None

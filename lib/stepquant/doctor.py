@@ -1,4 +1,4 @@
-"""`stepquant doctor`: is this machine ready? Every finding is one line, and says how to fix what is wrong."""
+"""`stepquant doctor` checks this machine. Every finding is one line, with the remedy if something is wrong."""
 
 import os
 import platform
@@ -7,35 +7,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from stepquant import params as parameters
 from stepquant.errors import UserError
+from stepquant.torch_setup import check_device
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "zarr")
-# Distributions of the extra `pipeline`, and what a run without them cannot do.
+# Distributions of the extra `pipeline`, and what needs them.
 PIPELINE = {
     "dvc": "dvc repro",
     "scikit-image": "SSIM in stage evaluate",
     "matplotlib": "plots in stage report",
     "jinja2": "the page of stage report",
 }
-LITTLE_SPACE = 20e9  # bytes; the demo takes 1 GB, a real model some hundred (`stepquant plan`)
+LITTLE_SPACE = 20e9  # bytes; the demo takes 1 GB, a real model some hundred GB (`stepquant plan`)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """fine: False if something has to be fixed before the pipeline can run here."""
+    """One line of the output.
+
+    Attributes:
+        line: What was found.
+        fine: False if it has to be fixed before the pipeline can run here.
+    """
 
     line: str
     fine: bool = True
 
 
 def examine(params: Path) -> Iterator[Finding]:
-    """Everything that is looked at, in the order in which it is shown."""
-    yield Finding(
-        f"python {platform.python_version()} on {platform.system()}, {os.cpu_count()} processors, {_memory() / 1e9:.0f} GB memory"
-    )
+    """All findings, in the order in which they are shown. params: the params file, which need not exist."""
+    python = f"python {platform.python_version()} on {platform.system()}"
+    yield Finding(f"{python}, {os.cpu_count()} processors, {_memory() / 1e9:.0f} GB memory")
     yield from _packages()
     yield from _devices()
     yield from _space()
@@ -49,9 +53,7 @@ def _packages() -> Iterator[Finding]:
     yield Finding(", ".join(f"{name} {number}" for name, number in found.items() if number))
     for name, use in PIPELINE.items():
         if _version(name) is None:
-            yield Finding(
-                f"missing: {name}, without which there is no {use}; pip install 'stepquant[pipeline]'", fine=False
-            )
+            yield Finding(f"missing: {name}, which {use} needs; pip install 'stepquant[pipeline]'", fine=False)
     if _version("dvc") and _version("ruamel.yaml.clib") is None:
         yield Finding("slow: DVC reads YAML without ruamel.yaml.clib; pip install 'ruamel.yaml[oldlibyaml]'")
 
@@ -70,7 +72,7 @@ def _devices() -> Iterator[Finding]:
 def _space() -> Iterator[Finding]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
-    hint = "" if free >= LITTLE_SPACE else "; enough for the demo, `stepquant plan` says what your model takes"
+    hint = "" if free >= LITTLE_SPACE else "; enough for the demo, `stepquant plan` prints what your model needs"
     yield Finding(f"{free / 1e9:.0f} GB free in {here}{hint}")
     for name, folder in {
         "current folder": here,
@@ -82,7 +84,7 @@ def _space() -> Iterator[Finding]:
 
 
 def _params(file: Path) -> Iterator[Finding]:
-    """The params, the device and the model they name."""
+    """The params file, and the packages, the device and the model that it needs."""
     if not file.is_file():
         yield Finding(f"{file}: no such file; `stepquant profile demo` writes one")
         return
@@ -101,7 +103,7 @@ def _checked(file: Path) -> str:
 
 
 def _extras(file: Path) -> str:
-    """What only some params need."""
+    """Packages that only some parameters need."""
     wanted = {}
     if parameters.section(file, "compute").executor == "ray":
         wanted["ray"] = ("ray", "compute.executor: ray")
@@ -114,13 +116,8 @@ def _extras(file: Path) -> str:
 
 
 def _device(file: Path) -> str:
-    import torch
-
-    device: Any = parameters.section(file, "compute").device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"compute.device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = parameters.section(file, "compute").device
+    check_device(device)
     return f"compute.device: {device} works"
 
 
@@ -130,9 +127,10 @@ def _model(file: Path) -> str:
     model = parameters.section(file, "model")
     if not (Path(model.source) / "model_index.json").is_file():
         if model.source.count("/") == 1 and not Path(model.source).exists():
-            return f"model.source: {model.source} is no folder here; stage model will download it"
+            return f"model.source: {model.source} is not a folder here; stage model will download it"
         raise UserError(
-            f"model.source: {model.source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+            f"model.source: {model.source} has no model_index.json; "
+            "expected a diffusers folder, or a hub id such as owner/name"
         )
     experts = describe_experts(Path(model.source), model.source, model.revision).experts
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in experts.items())

@@ -1,216 +1,54 @@
-"""The parameters: one strict model per section of params.yaml.
+"""Reads and validates params.yaml, section by section.
 
-There are no defaults here, on purpose: DVC sees only what stands in params.yaml, so every value has to stand there.
-A stage names the sections it reads and gets nothing else; `experts.<expert>.<section>` holds that expert's overrides.
+A stage names the sections that it reads and gets nothing else. `experts.<expert>.<section>` holds the overrides of one
+expert.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepquant.errors import UserError
+from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth
+from stepquant.param_sections import (
+    Bins,
+    Capture,
+    Compute,
+    Evaluate,
+    Generate,
+    Model,
+    Report,
+    Sampling,
+    Storage,
+    Trajectories,
+)
 
-FormatName = Literal["int4", "mxfp4", "nvfp4"]
-Rounding = Literal["floor", "ceil"]
-Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """plumbing: the keys that say only where work runs. They enter no unit's key, and no stage but report depends on them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    plumbing: ClassVar[tuple[str, ...]] = ()
-
-    def decisive(self) -> dict[str, Any]:
-        """The values that can change a result: all but the plumbing."""
-        return self.model_dump(exclude=set(self.plumbing))
-
-
-class Compute(Section):
-    """How arithmetic runs (device, dtype, threads), and where: by which executor, in how many processes, on which cluster.
-
-    address: host:port of a running Ray cluster; null starts one on this machine. gpus_per_unit: what Ray gives to one unit of work,
-    a fraction of one GPU or a whole number.
-    """
-
-    plumbing = ("executor", "workers", "address", "gpus_per_unit")
-
-    device: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    threads: Positive
-    executor: Literal["local", "ray"]
-    workers: Positive
-    address: Annotated[str, Field(pattern=r"^[^:/]+:\d+$")] | None
-    gpus_per_unit: Annotated[float, Field(ge=0)]
-
-    @field_validator("gpus_per_unit")
-    @classmethod
-    def _fraction_or_whole(cls, value: float) -> float:
-        if value > 1 and value % 1:
-            raise ValueError(f"{value}: allowed are fractions of one GPU, and whole numbers")
-        return value
-
-
-class Model(Section):
-    """A local diffusers folder, or a hub id with a revision."""
-
-    source: str
-    revision: str | None
-
-
-class Sampling(Section):
-    """How a video is sampled, for calibration and for evaluation alike (diffusers' WanImageToVideoPipeline call)."""
-
-    height: Positive
-    width: Positive
-    num_frames: Positive
-    steps: Positive
-    flow_shift: Annotated[float, Field(gt=0)]
-    guidance_scale: Annotated[float, Field(ge=1)]
-    guidance_scale_2: Annotated[float, Field(ge=1)]
-    max_sequence_length: Positive
-
-
-class Trajectories(Section):
-    """manifest: JSONL of calibration prompts; prompts: how many of its rows per split (null: all)."""
-
-    manifest: str
-    calibration_prompts: Positive | None
-    validation_prompts: Positive | None
-    heldout_prompts: Positive | None
-
-
-class Storage(Section):
-    """url: folder of an object store for what only stages read, trajectories and activations; null keeps them in artifacts/."""
-
-    url: Annotated[str, Field(pattern=r"^(s3|gs|az)://[^/]+")] | None
-
-
-class Capture(Section):
-    """Steps that are replayed per prompt and bin (null: all); tokens kept per site and bin, for searches (of calibration and of validation
-    prompts) and for held-out errors; of how many tokens one goes into second moments and means; calls that run through a block at
-    once; calls and blocks of one unit of work."""
-
-    steps_per_bin: Positive | None
-    search_tokens: Positive
-    heldout_tokens: Positive
-    hessian_stride: Positive
-    calls_per_chunk: Positive
-    calls_per_shard: Positive
-    blocks_per_shard: Positive
-    seed: Seed
-
-
-class Format(Section):
-    """4-bit formats. The E8M0 roundings say how mxfp4 chooses a power-of-two scale; other formats do not read them."""
-
-    weight: FormatName
-    activation: FormatName
-    e8m0_weight: Rounding
-    e8m0_activation: Rounding
-
-
-class Smooth(Section):
-    """s = magnitude(X)^alpha / absmax(W)^beta. magnitude: of each input channel over all tokens. alpha: one value, or `search` over the
-    candidates; beta null means 1 - alpha. gradient_steps: by which s is moved afterwards."""
-
-    magnitude: Literal["rms", "absmax"]
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"]
-    beta: Annotated[float, Field(ge=0, le=1)] | None
-    candidates: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
-    gradient_steps: Annotated[int, Field(ge=0)]
-
-
-class Center(Section):
-    """Whether each site's channel means are taken off its input before it is quantized."""
-
-    means: bool
-
-
-class Rotate(Section):
-    """Candidates for the size of each site's block-Hadamard rotation; 0 is none."""
-
-    hadamard_sizes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-    @field_validator("hadamard_sizes")
-    @classmethod
-    def _powers_of_two(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value) or any(size.bit_count() > 1 for size in value):
-            raise ValueError(f"{value}: allowed are 0 and powers of two, each once")
-        return value
-
-
-class LowRank(Section):
-    rank: Annotated[int, Field(ge=0)]
-    seed: Seed
-
-
-class Gptq(Section):
-    """refits: how often the branch is fitted to what rounding lost. scales: by each group's rounding error, or its absmax. noise: share of
-    the activations' rounding variance that weights and branch reckon with. dampings: candidates, rising, chosen from per site."""
-
-    scales: Literal["error", "absmax"]
-    refits: Annotated[int, Field(ge=0)]
-    noise: Annotated[float, Field(ge=0)]
-    dampings: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    act_order: bool
-    column_block: Positive
-
-    @field_validator("dampings")
-    @classmethod
-    def _rising(cls, value: list[float]) -> list[float]:
-        if value != sorted(set(value)):
-            raise ValueError(f"{value}: allowed are rising values, each once")
-        return value
-
-
-class Clip(Section):
-    """Candidates of the clip search; the exponent offsets apply to mxfp4 activations only."""
-
-    ratios: Annotated[list[Annotated[float, Field(gt=0, le=2)]], Field(min_length=1)]
-    exponent_offsets: Annotated[list[Annotated[int, Field(ge=-4, le=4)]], Field(min_length=1)]
-
-    @field_validator("ratios", "exponent_offsets")
-    @classmethod
-    def _no_repeats(cls, value: list) -> list:
-        if len(set(value)) != len(value):
-            raise ValueError(f"values repeat: {value}")
-        return value
-
-
-class Generate(Section):
-    """manifest: JSONL of evaluation prompts; prompts: how many of its rows (null: all)."""
-
-    manifest: str
-    prompts: Positive | None
-    fps: Positive
-
-
-class Evaluate(Section):
-    """Paired bootstrap over videos: resamples, and the share of them inside an interval."""
-
-    bootstrap_samples: Positive
-    confidence: Annotated[float, Field(gt=0, lt=1)]
-    seed: Seed
-
-
-class Report(Section):
-    title: Annotated[str, Field(min_length=1)]
-
-
-class Bins(Section):
-    """Timestep bins per expert: a count, or edges in t."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, Positive | list[float]]
-
-    @property
-    def by_expert(self) -> dict[str, int | list[float]]:
-        return self.__pydantic_extra__
-
+__all__ = [
+    "OVERRIDABLE",
+    "SECTIONS",
+    "Bins",
+    "Capture",
+    "Center",
+    "Clip",
+    "Compute",
+    "Evaluate",
+    "Format",
+    "Generate",
+    "Gptq",
+    "LowRank",
+    "Model",
+    "Report",
+    "Rotate",
+    "Sampling",
+    "Smooth",
+    "Storage",
+    "Trajectories",
+    "check",
+    "read_params",
+    "section",
+]
 
 SECTIONS: dict[str, Any] = {
     "compute": Compute,
@@ -235,7 +73,7 @@ OVERRIDABLE = ("smooth", "center", "rotate", "lowrank", "gptq", "clip")
 
 
 class _Experts(BaseModel):
-    """What each expert does differently; dvc.yaml runs over its keys."""
+    """The overrides of each expert. The foreach stages of dvc.yaml use its keys."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     experts: Annotated[dict[str, dict[str, dict[str, Any]]], Field(min_length=1)]
@@ -251,7 +89,11 @@ class _Experts(BaseModel):
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """The whole file as plain data. Raises UserError if it is missing or is not YAML of sections."""
+    """The whole file as plain data.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or has a section that does not exist.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -267,7 +109,19 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def section(path: Path, name: str, expert: str | None = None) -> Any:
-    """One validated section, with the expert's overrides merged in if an expert is named and the section has them."""
+    """One validated section of a params file.
+
+    Args:
+        path: The params file.
+        name: A key of SECTIONS.
+        expert: Whose overrides to merge in, if the section can have any.
+
+    Returns:
+        The model of the section, such as a Compute.
+
+    Raises:
+        UserError: A key is missing, unknown or has a value that is not allowed.
+    """
     raw = read_params(path)
     values = _take(raw, path, name)
     prefix = name
@@ -279,7 +133,11 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
 
 
 def check(path: Path) -> None:
-    """Validate the whole file: every section, and every section as each expert sees it. Raises UserError."""
+    """Validate the whole file: every section, and every section with the overrides of each expert.
+
+    Raises:
+        UserError: The first mistake that is found.
+    """
     experts = _validate(_Experts, read_params(path), path, "").experts
     binned = section(path, "bins").by_expert
     if set(binned) != set(experts):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from stepquant.calibration.observer import SiteObserver, merge_shards, plan_sampling
+from stepquant.calibration.merge import merge_shards
+from stepquant.calibration.observer import SiteObserver
+from stepquant.calibration.sampling_plan import plan_sampling
 from stepquant.calibration.statistics_files import read_statistics
 from stepquant.calibration.trajectories import Call
 from stepquant.models.bins import Bins

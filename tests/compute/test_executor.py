@@ -8,14 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from stepquant.command_runner import remedy
+from stepquant.command_runner import user_error
+from stepquant.compute import executor
 from stepquant.compute.executor import Executor
 from stepquant.compute.progress import meter
 from stepquant.compute.task import Task
 from stepquant.compute.units import UnitStore
-from stepquant.errors import UserError
+from stepquant.errors import OutOfMemory, UserError
 from stepquant.params import Compute
+from stepquant.torch_setup import numerics_versions
 from tests.compute import work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,7 +36,7 @@ def compute(request):
         own = {"in process": {}, "local": {"workers": 2}, "ray": {"executor": "ray", "workers": 2}}[kind]
         if kind == "ray" and "address" not in changes:
             own["address"] = request.getfixturevalue("ray_cluster")
-        return Compute(device="cpu", dtype="float32", threads=1, **(LOCAL | own | changes))
+        return Compute(**({"device": "cpu", "dtype": "float32", "threads": 1} | LOCAL | own | changes))
 
     return make
 
@@ -52,8 +55,8 @@ def map_units(executor, store, works):
 
 def map_alone(compute, store, works):
     """The same in an executor of its own."""
-    with Executor(compute, CODE) as executor:
-        return map_units(executor, store, works)
+    with Executor(compute, CODE) as workers:
+        return map_units(workers, store, works)
 
 
 @ALL
@@ -88,31 +91,73 @@ def test_finished_units_are_not_made_again_and_nothing_is_started_for_them(compu
 def test_killed_workers(compute, store, tmp_path, kind):
     """Units that kill their worker once are made by another, and change nothing; one that always does is given up."""
     works = [work.Write("a"), *(work.Write(text, kill_once=tmp_path / f"killed {text}") for text in "bc")]
-    with Executor(compute(kind), CODE) as executor:
-        units = map_units(executor, store, works)
+    with Executor(compute(kind), CODE) as workers:
+        units = map_units(workers, store, works)
         assert all((tmp_path / f"killed {text}").exists() for text in "bc")
         undisturbed = UnitStore(tmp_path / "undisturbed")
         assert [unit.digest for unit in units] == [undisturbed.make(text, work.Write(text)).digest for text in "abc"]
         with pytest.raises(UserError, match="workers died 3 times in a row without finishing a unit"):
-            map_units(executor, store, [*works, work.die])
+            map_units(workers, store, [*works, work.die])
     assert store.find("2") and not store.find("3")
 
 
 @ALL
 def test_errors(compute, store, capsys, kind):
-    """What the user can fix is the same message everywhere; our own mistakes keep their type and the place in the worker."""
-    with Executor(compute(kind), CODE) as executor:
+    """What the user can fix is the same message everywhere; our bugs keep their type and their place in the worker."""
+    with Executor(compute(kind), CODE) as workers:
         with pytest.raises(UserError) as mistake:
-            map_units(executor, store, [work.mistake])
+            map_units(workers, store, [work.mistake])
         assert str(mistake.value) == "key: found this; allowed: that"
         assert "a warning before it\n" in capsys.readouterr().err
         with pytest.raises((UserError, OSError)) as refusal:
-            map_units(executor, store, [work.full_disk])
-        assert remedy(refusal.value).startswith("artifacts/out: No space left on device; free space or ")
+            map_units(workers, store, [work.full_disk])
+        assert str(user_error(refusal.value)).startswith("artifacts/out: No space left on device; free space or ")
+        with pytest.raises((OutOfMemory, torch.OutOfMemoryError)) as shortage:
+            map_units(workers, store, [work.out_of_memory])
+        found = user_error(shortage.value)
+        assert isinstance(found, OutOfMemory) and str(found) == (
+            "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. "
+            "GPU 0 has a total capacity of 79.11 GiB of which 1.60 GiB is free"
+        )
         with pytest.raises(ZeroDivisionError) as bug:
-            map_units(executor, store, [work.bug])
+            map_units(workers, store, [work.bug])
         assert "work.py" in str(bug.value.__cause__) + str(bug.value) + str(bug.traceback[-1].path)
     assert store.find("0") is None
+
+
+@SPAWNED
+def test_the_workers_own_the_device(compute, store, monkeypatch, kind):
+    """This process does not touch it: it may have none. `meta` is a device that every torch has.
+
+    A worker that would make other bytes, as another model of GPU does, is refused.
+    """
+    monkeypatch.setattr(executor, "prepare_torch", lambda compute: 1 / 0)
+    with Executor(compute(kind, device="meta"), CODE) as workers:
+        assert workers.versions == numerics_versions("meta")
+        assert [unit.digest for unit in map_units(workers, store, [work.Write("a")])] == [store.find("0").digest]
+        workers.__dict__["versions"] = numerics_versions("meta") | {"gpu": "NVIDIA H100"}
+        with pytest.raises(UserError, match="gpu: None in a worker on .*, and NVIDIA H100 in the keys") as refused:
+            map_units(workers, store, [work.Write("a"), work.Write("b")])
+    assert str(refused.value).endswith("use workers with the same packages and the same model of GPU")
+    assert store.find("1") is None
+
+
+@SPAWNED
+def test_a_device_that_the_workers_cannot_use(compute, kind):
+    """Ray refuses cuda before: a unit asks for no GPU here."""
+    device = {"local": "cuda:99", "ray": "xpu"}[kind]
+    with (
+        Executor(compute(kind, device=device), CODE) as workers,
+        pytest.raises(UserError, match=f"compute.device: '{device}' cannot be used here: "),
+    ):
+        workers.versions
+
+
+@SPAWNED
+def test_a_name_that_is_no_device_starts_no_worker(compute, monkeypatch, kind):
+    monkeypatch.setattr(Executor, "_engine", property(lambda self: 1 / 0))
+    with pytest.raises(UserError, match="compute.device: 'abacus' cannot be used here: "):
+        Executor(compute(kind, device="abacus"), CODE).versions
 
 
 def test_a_share_of_a_gpu_that_is_not_there_is_refused(compute, store):
@@ -146,10 +191,10 @@ def test_without_ray_the_message_says_what_to_install(compute, store, monkeypatc
 def test_a_folder_that_a_machine_does_not_have_is_named(tmp_path, store):
     from stepquant.compute.ray import run_task_there
 
-    outcome = run_task_there(Task("0", work.Write("a")), store.root, tmp_path / "absent", None)
-    assert outcome.mistake.startswith(f"{tmp_path / 'absent'}: not on the machine ") and outcome.mistake.endswith(
-        "under the same path"
-    )
+    outcome = run_task_there(Task("0", work.Write("a")), store.root, tmp_path / "absent", None, {})
+    message = str(outcome.result)
+    assert message.startswith(f"{tmp_path / 'absent'}: not on the machine ")
+    assert message.endswith("under the same path")
 
 
 DRIVER = """

@@ -13,7 +13,7 @@ from stepquant.compute.units import MARKER, UnitStore, gather
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two stages. clip@x: a unit that its artifact holds, and two that it does not; capture@x: one that is held, and two leftovers."""
+    """Two stages. clip@x has a unit of its artifact and two others; capture@x has one of its own and two leftovers."""
     monkeypatch.chdir(tmp_path)
     clip, capture = UnitStore(tmp_path / ".units/clip@x"), UnitStore(tmp_path / ".units/capture@x")
     held = {}

@@ -56,7 +56,14 @@ def test_a_failure_inside_gives_the_lock_back(tmp_path):
         pass
 
 
-STAGE = "from stepquant.compute.process import die_with_parent; die_with_parent(); print('ready', flush=True); import time; time.sleep(600)"
+STAGE = """
+import time
+from stepquant.compute.process import die_with_parent
+
+die_with_parent()
+print("ready", flush=True)
+time.sleep(600)
+"""
 # Like DVC: starts a stage and waits for it. What it prints is the stage's process id, then what the stage prints.
 PARENT = """
 import subprocess, sys

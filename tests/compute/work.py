@@ -61,6 +61,14 @@ def full_disk(folder: Path) -> None:
     raise OSError(errno.ENOSPC, "refused", "artifacts/out")
 
 
+def out_of_memory(folder: Path) -> None:
+    """As torch words it."""
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.60 GiB is "
+        "free. Including non-PyTorch memory, this process has 77.50 GiB memory in use. Of the allocated memory 76 GiB"
+    )
+
+
 def bug(folder: Path) -> None:
     raise ZeroDivisionError("ours")
 

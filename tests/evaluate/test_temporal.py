@@ -32,5 +32,5 @@ def test_part_of_the_picture_counts_by_its_share():
 
 @pytest.mark.parametrize("metric", [temporal_flickering, motion])
 def test_one_frame_has_no_time(metric):
-    with pytest.raises(UserError, match="at least 2 frames"):
+    with pytest.raises(UserError, match="set sampling.num_frames to at least 2"):
         metric(greys(7))

@@ -1,8 +1,9 @@
 """Kills stages at random moments, over and over, until they get through: `killed.py KILLS SEED CALLS`.
 
-CALLS is a JSON file, {stage: {"folder": ..., "command": ["stages.capture", "--expert", "low_noise"], "out": ...}}; every folder
-holds a finished out. Stages run in forks of this process, which has imported what they need: starting one takes no time,
-so moments fall into the work itself and many of them fit into a test. Prints JSON: {stage: units after each kill and at the end}.
+CALLS is a JSON file, {stage: {"folder": ..., "command": ["stages.capture", "--expert", "low_noise"], "out": ...}}.
+Every folder has a finished out. Stages run in forks of this process, which has imported what they need. Starting one
+takes no time, so the kills hit the work itself, and many of them fit into a test. Prints JSON: {stage: units after each
+kill and at the end}.
 """
 
 import importlib
@@ -70,7 +71,7 @@ class Units:
 
 
 def torment(folder: str, command: list[str], out: str, kills: int) -> list[int]:
-    """Run a stage undisturbed, kill it so many times within the time that this took, let it end, and compare its out with the first.
+    """Run a stage undisturbed, kill it several times within the time that this took, let it end, and compare the outs.
 
     Gives how many units there were after each kill, and at the end.
     """

@@ -1,4 +1,4 @@
-"""What reruns when something changes. DVC answers, in a copy of the finished workspace; the tables are written by hand."""
+"""Which stages rerun after a change: the answer of DVC in a copy of the finished workspace, and tables by hand."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ ALL = (
     | below(PACKED)
     | each("generate evaluate", ("bf16",))
 )
-# Every variant's layers are scored on the held-out activations: new ones score rtn anew, though it is not sampled again.
+# Layers of every variant are scored on held-out activations: new ones score rtn again, though it is not sampled again.
 NEW_ACTIVATIONS = below(BRANCH) | {"evaluate@rtn"}
 
 PARAMS = {

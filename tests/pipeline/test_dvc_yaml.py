@@ -1,4 +1,4 @@
-"""dvc.yaml says the truth: a stage gets the params, the code and the artifacts that it is declared to read, and no others."""
+"""dvc.yaml is right: a stage reads the parameters, the code and the artifacts that it declares, and no others."""
 
 import hashlib
 import importlib
@@ -76,7 +76,7 @@ def test_declared_code_is_what_the_stage_runs(name):
 
 @pytest.fixture(scope="module")
 def alone(workspace, tmp_path_factory) -> Path:
-    """Every stage run once more, each in a folder of its own that holds its declared deps and params alone; the results.
+    """Every stage run once more, each in its own folder with only its declared deps and params; the results.
 
     All stages share one process (tests/pipeline/alone.py), which spares 31 imports of torch.
     """

@@ -1,4 +1,4 @@
-"""Where the work runs changes no byte: whole stages with spawned workers, one of which is killed, and on a Ray cluster."""
+"""Where the work runs changes no byte: stages with spawned workers, one of which is killed, and on a Ray cluster."""
 
 import subprocess
 import time
@@ -50,7 +50,7 @@ def test_a_ray_cluster(fresh, ray_cluster):
     assert counts(output, "capture@high_noise") == ["1/4", "2/4", "3/4", "4/4"]
 
 
-def test_a_share_may_walk_several_blocks(fresh):
+def test_a_shard_may_run_through_several_blocks(fresh):
     """12 calls in shards of 8, both blocks in one go: two units of work, which hand on nothing by way of the disk."""
     fresh.set("capture.blocks_per_shard", 2)
     out = fresh.root / "artifacts/activations/high_noise.zarr"

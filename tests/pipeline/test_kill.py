@@ -21,7 +21,7 @@ DEADLINE = 120  # seconds until a process that hangs fails its test
 
 @pytest.fixture
 def fresh(workspace_copy) -> Workspace:
-    """A finished workspace without units and DVC's cache, which it would check outs out of: whatever runs has to compute."""
+    """A finished workspace without units and without DVC's cache of outs, so that whatever runs has to compute."""
     for folder in (".units", ".dvc/cache"):
         subprocess.run(["rm", "-r", workspace_copy.root / folder], check=True)
     return workspace_copy
@@ -86,7 +86,7 @@ CHAIN = {
 
 
 def test_stages_killed_at_random_moments(workspace, tmp_path):
-    """Four SIGKILLs each for capture, lowrank, gptq, clip and pack: no unit is made twice, and the outs are those of an undisturbed run.
+    """Four SIGKILLs each for capture, lowrank, gptq, clip and pack: no unit is made twice, and no out changes.
 
     Two processes kill, each in a folder of its own (tests/pipeline/killed.py).
     """
@@ -125,7 +125,8 @@ def test_stages_killed_at_random_moments(workspace, tmp_path):
 
 @pytest.mark.parametrize("stage", CHAIN)
 def test_a_killed_dvc_takes_its_stage_along_and_the_next_one_ends_like_an_undisturbed_run(fresh, stage):
-    """At a random moment of its start, and gptq after its first block. Only before the first line of Python nothing guards a stage."""
+    """At a random moment of its start, and gptq after its first block. Only before the first line of Python is a stage
+    unprotected."""
     expected, (target, out) = fresh.hashes(), CHAIN[stage]
     dvc = fresh.start("dvc", "repro", "--force", "--single-item", target)
     try:
@@ -192,7 +193,7 @@ def test_a_parameter_changed_after_a_kill_reuses_nothing(fresh):
 
 
 def test_a_second_writer_is_refused(fresh):
-    """While a run is under way (its stage is stopped for as long as the others try), a stage and a `dvc repro` are both refused."""
+    """During a run (its stage is stopped while the others try), a stage and a `dvc repro` are both refused."""
     expected = fresh.hashes()
     with stopped_after_one_block(fresh, "dvc", "repro", "--force", "--single-item", f"gptq@{EXPERT}") as (dvc, process):
         by_hand = fresh.run("stages.gptq", "--expert", EXPERT, code=2)

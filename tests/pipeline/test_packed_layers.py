@@ -1,4 +1,4 @@
-"""What a checkpoint computes is what the searches measured: the packed linears against the factors they were made of."""
+"""A checkpoint computes what the searches measured: the packed linears against the factors they were made from."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_packed_linears_compute_what_their_factors_do(workspace, monkeypatch, ex
         linears = packed.linears(1, site)
         for b, x in enumerate(read_statistics(site_folder(artifacts.activations(expert), 1, site.name), "cpu").heldout):
             expected = layer_output(x, layer, ratios[b].item(), 0) + bias
-            # The bias is stored in bfloat16: eight significant bits, a rounding error of 2^-8 at most; sums are taken in another order.
+            # The bias is stored in bfloat16, with a rounding error of 2^-8 at most, and sums have another order.
             tolerance = 2**-8 * (bias + layer.offset).abs().max() + 1e-4 * expected.abs().max()
             assert (packed.output(linears, x, b) - expected).abs().max() < tolerance, (site.name, b)
 

@@ -1,4 +1,4 @@
-"""Trajectories and activations in an object store: DVC keeps pointers, and what is made of them is the same to the byte."""
+"""Trajectories and activations in an object store: DVC keeps pointers, and all later artifacts have the same bytes."""
 
 import json
 

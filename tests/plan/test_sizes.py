@@ -1,4 +1,4 @@
-"""What is predicted is what is written: artifact by artifact, on two models that have nothing in common but the code."""
+"""What is predicted is what is written, artifact by artifact, on two models that only have the code in common."""
 
 from pathlib import Path
 
@@ -52,8 +52,9 @@ def test_a_safetensors_file_to_the_byte(tmp_path):
 
 
 def test_the_real_model(tmp_path, monkeypatch):
-    """14.05 G weights of 4.25 bits (int4 with a bfloat16 scale for 64), a branch of rank 32 and 0.48 GB in BF16 are 8.3 GB an expert;
-    hidden states are 2 bytes for 5,120 channels of 32,760 tokens of 168 calls (14 prompts, two branches, two steps in each of three bins), twice."""
+    """14.05 G weights of 4.25 bits (int4 with a bfloat16 scale for 64), a branch of rank 32 and 0.48 GB in BF16 are
+    8.3 GB per expert. Hidden states are 2 bytes for 5,120 channels of 32,760 tokens of 168 calls (14 prompts, two
+    branches, two steps in each of three bins), twice."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
     run = make_workload(Path("params.yaml"))

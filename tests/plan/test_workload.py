@@ -7,8 +7,9 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks.make_shape import Shape
 from stepquant.errors import UserError
+from stepquant.plan.find_model import find_model
 from stepquant.plan.printing import make_workload
-from stepquant.plan.workload import find_model, rows_kept, search_rows, summed_tokens, timesteps
+from stepquant.plan.workload import rows_kept, search_rows, summed_tokens, timesteps
 from stepquant.profiles import read_profiles
 
 A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -70,7 +71,8 @@ def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monk
 
 
 def test_samples_are_never_more_than_there_is(tmp_path, monkeypatch):
-    """10,000 tokens of each split and bin; of text, 512 tokens of 8 prompts, of 2 and of 4, with and without guidance, are fewer."""
+    """10,000 tokens of each split and bin; the 512 text tokens of 8, 2 and 4 prompts, with and without guidance, are
+    fewer."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"].replace("_tokens: 512", "_tokens: 10000"))
     run = make_workload(tmp_path / "params.yaml")
@@ -86,7 +88,7 @@ def test_samples_are_never_more_than_there_is(tmp_path, monkeypatch):
     )
 
 
-def test_second_moments_take_every_fourth_token_but_all_of_the_text(real):
+def test_hessians_take_every_fourth_token_but_all_of_the_text(real):
     """15 steps, two branches, 8 prompts; every step of a prompt has the same text."""
     high, _ = real.experts
     sites = {site.name: site for site in high.sites}

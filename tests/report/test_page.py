@@ -18,7 +18,7 @@ from stepquant.evaluate.metrics_file import (
     summarize_videos,
 )
 from stepquant.evaluate.summary import Bootstrap
-from stepquant.report.page import GALLERY_WIDTH, GalleryRow, write_report
+from stepquant.report.page import GALLERY_WIDTH, GalleryRow, ReportContents, write_report
 from stepquant.report.plots import ClipRatio
 
 VARIANTS = ("bf16", "rtn", "my_own")
@@ -86,7 +86,7 @@ def write(out_dir, **changes):
         "params": PARAMS,
         "clips": CLIPS,
     }
-    return write_report(out_dir, **given | changes)
+    return write_report(out_dir, ReportContents(**given | changes))
 
 
 def test_the_page_shows_every_variant_everywhere(tmp_path):

@@ -94,6 +94,6 @@ def test_one_denoiser_and_one_variant_are_enough():
 def test_a_variant_looks_the_same_in_every_figure():
     without_layers = RECORDS[1].model_copy(update={"layers": {}})
     records = [RECORDS[0], without_layers, RECORDS[2]]
-    rtn, full = plots.COLOURS[:2]
+    rtn, full = plots.COLORS[:2]
     assert rtn in plots.psnr_by_variant(records) and full in plots.psnr_by_variant(records)
     assert rtn not in plots.error_by_bin(records) and full in plots.error_by_bin(records)

@@ -20,6 +20,8 @@ from tests.workspace import SOURCE_MODEL, TINY_MODEL, cut_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANIFEST = "data/prompts/manifest.jsonl"
+HIGH = ("--expert", "high_noise")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Three steps at shift 4: t = 1000 for the high-noise expert, about 889 and 667 for the other; no guidance.
 PARAMS = {
     "compute": {"threads": 1},
@@ -161,8 +163,8 @@ WRITES = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.remove": 0, "os.rmdir
 class Disk:
     """Makes the file system refuse writes, as a full disk or a read-only one does.
 
-    It works by a Python audit hook, which sees every write that Python code makes, needs no rights and no mounts, and is
-    the same everywhere. A hook cannot be taken away again, so there is one, which does nothing unless told.
+    It uses a Python audit hook, which is called for every write of Python code and needs no rights and no mounts. A
+    hook cannot be removed again, so there is one, which does nothing unless told.
     """
 
     def __init__(self):
@@ -170,7 +172,10 @@ class Disk:
         sys.addaudithook(self._hook)
 
     def refuse(self, number: int, pattern: str, events: tuple[str, ...] = ("open", *WRITES)) -> None:
-        """From now on, `events` on paths that match the pattern (relative to the current folder) fail with this errno; * matches / too."""
+        """From now on, `events` on matching paths fail with this errno.
+
+        The pattern is relative to the current folder, and its * also matches /.
+        """
         self._refusals.append((number, pattern, events))
 
     def allow(self) -> None:

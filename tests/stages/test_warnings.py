@@ -1,6 +1,9 @@
-"""What a stage says without giving up."""
+"""What a stage says about too few tokens and too little memory."""
 
-HIGH = ("--expert", "high_noise")
+import torch
+
+from stages import lowrank
+from tests.stages.conftest import HIGH
 
 
 def test_few_tokens_per_column_are_warned_of(folder):
@@ -20,3 +23,14 @@ def test_few_tokens_per_column_are_warned_of(folder):
         "ffn.down": 0.0,
     }
     assert warnings == [f"warning: gptq@high_noise {site}: {tokens} {remedy}" for site, tokens in sites.items()]
+
+
+def test_a_stage_that_runs_out_of_memory_says_what_to_lower(folder, refused, monkeypatch):
+    def shortage(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Some advice")
+
+    monkeypatch.setattr(lowrank, "factor_site", shortage)
+    assert refused("lowrank", *HIGH) == (
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; "
+        "stage lowrank: lower capture.search_tokens"
+    )

@@ -1,8 +1,8 @@
 """Runs independent units of work: in this process, in several, or on a Ray cluster. Nothing else knows which.
 
-Whoever does the work of a unit also commits it (compute/units.py) and hands back no more than its digest. So a unit that
-was finished before a worker, a machine or this process was lost is never made again, and a result needs no way back
-but the folder that all of them share.
+The process that does the work of a unit also commits it (compute/units.py) and returns only its digest. So a unit that
+was finished before a worker, a machine or this process was lost is never made again, and results need no channel other
+than the folder that all processes share.
 """
 
 import sys
@@ -16,23 +16,46 @@ from stepquant.compute.task import Outcome, Task
 from stepquant.compute.units import Unit, UnitStore
 from stepquant.errors import UserError
 from stepquant.params import Compute
+from stepquant.torch_setup import check_device_name, numerics_versions, prepare_arithmetic, prepare_torch
 
 
 class Engine(Protocol):
-    """Workers. run: the outcome of each task as soon as it is there, in any order. Raises UserError if workers keep dying."""
+    """Workers."""
 
-    def run(self, tasks: Sequence[Task], root: Path) -> Iterator[Outcome]: ...
+    def describe(self) -> dict[str, str] | UserError:
+        """The `numerics_versions` of a worker, or what is wrong with its device."""
 
-    def close(self) -> None: ...
+    def run(self, tasks: Sequence[Task], root: Path, versions: dict[str, str]) -> Iterator[Outcome]:
+        """Make units.
+
+        Args:
+            tasks: The units.
+            root: Their folder.
+            versions: What every worker must find as its own `numerics_versions`.
+
+        Yields:
+            The outcome of each task as soon as it is finished, in any order.
+
+        Raises:
+            UserError: Workers die again and again.
+        """
+
+    def close(self) -> None:
+        """Stop the workers. Closing twice is allowed."""
 
 
 class Executor:
-    """Makes units with the workers that the params ask for; they start with the first missing unit and end with the block.
+    """Makes units with the workers that the parameters ask for. A context: its end stops the workers.
 
-    code: the folders of the packages that a task needs; they travel to workers on other machines.
+    Workers start when they are first needed.
     """
 
     def __init__(self, compute: Compute, code: Sequence[Path]):
+        """
+        Args:
+            compute: Device, threads, and the choice of workers.
+            code: Folders of the packages that a task imports. They are sent to workers on other machines.
+        """
         self.compute, self.code = compute, code
 
     def __enter__(self) -> "Executor":
@@ -42,21 +65,54 @@ class Executor:
         if "_engine" in self.__dict__:
             self._engine.close()
 
-    def map_units(self, store: UnitStore, tasks: Sequence[Task], progress: Meter) -> list[Unit]:
-        """The finished unit of every task, in the order of the tasks; only those that are missing are made.
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """The `numerics_versions` where the work runs, for the keys of the units. Prepares this process as well.
 
-        Raises UserError for the first mistake that a worker reports; what other workers finish until then stays.
+        If workers own the GPU, one of them is asked: this process may be on a machine without any, and its CUDA
+        context would take 0.6 GB of the card.
+
+        Raises:
+            UserError: The device cannot be used there.
+        """
+        if self._in_process or self.compute.device == "cpu":
+            prepare_torch(self.compute)
+            return numerics_versions(self.compute.device)
+        check_device_name(self.compute.device)
+        prepare_arithmetic(self.compute.threads)
+        found = self._engine.describe()
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def map_units(self, store: UnitStore, tasks: Sequence[Task], progress: Meter) -> list[Unit]:
+        """Make the units that are missing.
+
+        Args:
+            store: Where the units are kept.
+            tasks: One per unit.
+            progress: Counts the units.
+
+        Returns:
+            The finished unit of every task, in the order of the tasks.
+
+        Raises:
+            UserError: The first error that a worker reports. Units that others finish until then are kept.
         """
         units = {task.key: unit for task in tasks if (unit := store.find(task.key))}
         progress.skip(len(units))
         missing = [task for task in tasks if task.key not in units]
-        for outcome in self._engine.run(missing, store.root) if missing else ():
-            sys.stderr.write(outcome.said)
-            if outcome.mistake is not None:
-                raise UserError(outcome.mistake)
-            units[outcome.key] = Unit(store.root / outcome.key, outcome.digest)
+        for outcome in self._engine.run(missing, store.root, self.versions) if missing else ():
+            sys.stderr.write(outcome.stderr)
+            if isinstance(outcome.result, UserError):
+                raise outcome.result
+            units[outcome.key] = Unit(store.root / outcome.key, outcome.result)
             progress.step()
         return [units[task.key] for task in tasks]
+
+    @property
+    def _in_process(self) -> bool:
+        return self.compute.executor == "local" and self.compute.workers == 1
 
     @cached_property
     def _engine(self) -> Engine:
@@ -66,4 +122,4 @@ class Executor:
             return RayWorkers(self.compute, self.code)
         from stepquant.compute.local import InProcess, Processes
 
-        return InProcess() if self.compute.workers == 1 else Processes(self.compute)
+        return InProcess(self.compute) if self._in_process else Processes(self.compute)

@@ -1,8 +1,8 @@
-"""Removes finished units that nothing needs.
+"""Removes finished units that are no longer needed.
 
-Two things need a unit: the artifact that holds it, whose manifest names its digest, and a run that was interrupted and will
-go on from it. Nobody can tell whether a run will go on, so young units stay. What is removed costs at most its
-computation: artifacts and DVC's cache have hardlinks of their own, and DVC brings them back without units.
+A unit is needed by the artifact that consists of it, whose manifest has its digest, and by an interrupted run that will
+continue from it. Whether a run will continue is unknown, so young units are kept. Removing a unit costs at most its
+computation: artifacts and the cache of DVC have their own hard links, and DVC restores artifacts without units.
 """
 
 import re
@@ -15,24 +15,38 @@ from pathlib import Path
 from stepquant.compute.process import exclusive
 from stepquant.compute.units import MARKER, UnitStore
 
-# Where an artifact names the digests of what it consists of.
+# Where an artifact lists the digests of its units.
 MANIFESTS = ("*/manifest.json", "*/*/manifest.json", "*.zarr/zarr.json")
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What was removed: units, and bytes that this freed (files with other hardlinks free nothing)."""
+    """What was removed.
+
+    Attributes:
+        units: Number of units.
+        bytes: Space that this freed. Files with other hard links free nothing.
+    """
 
     units: int
     bytes: int
 
 
 def collect(units: Path, artifacts: Path, keep_days: float, dry_run: bool) -> Garbage:
-    """Remove the units of all stages that no artifact holds and that are older than keep_days, and what killed stages left.
+    """Remove old units that belong to no artifact, and the half-written units of killed stages.
 
-    units: the folder with one store per stage, each beside its lock. dry_run: count, and remove nothing. Raises UserError
-    if a stage is running.
+    Args:
+        units: The folder with one store per stage, each with its lock beside it.
+        artifacts: The folder where the stages write.
+        keep_days: Units younger than this are kept.
+        dry_run: Only count.
+
+    Returns:
+        What was, or would be, removed.
+
+    Raises:
+        UserError: A stage is running.
     """
     held = {
         digest
@@ -53,7 +67,7 @@ def collect(units: Path, artifacts: Path, keep_days: float, dry_run: bool) -> Ga
 
 
 def _garbage(store: UnitStore, held: set[str], oldest: float) -> list[Path]:
-    """Units that nothing needs, broken ones, and half-written ones."""
+    """Unneeded, broken and half-written units."""
     folders = []
     for folder in sorted(store.root.iterdir()):
         unit = None if folder.name.startswith(".") else store.peek(folder.name)
@@ -63,6 +77,6 @@ def _garbage(store: UnitStore, held: set[str], oldest: float) -> list[Path]:
 
 
 def _own_bytes(folder: Path) -> int:
-    """Bytes of the files that have no hardlink elsewhere."""
+    """Bytes of the files without another hard link."""
     stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)

@@ -1,4 +1,4 @@
-"""What keeps one stage process well behaved: it dies with its parent, and never meets a second writer."""
+"""A stage process ends with its parent, and only one process at a time runs a stage."""
 
 import ctypes
 import fcntl
@@ -15,9 +15,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: DVC killed by SIGKILL leaves its stage running otherwise.
+    """Ask Linux to kill this process when its parent dies. Otherwise a stage survives a SIGKILL of DVC.
 
-    A parent that died before goes unnoticed, so call it early.
+    Call it early: a parent that has died before the call is not noticed. Does nothing on other systems.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -26,7 +26,14 @@ def die_with_parent() -> None:
 
 @contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Hold a lock file for the length of the block. Raises UserError if another process holds it."""
+    """Hold a lock file while the block runs.
+
+    Args:
+        lock: The file. It and its folder are created; the file stays.
+
+    Raises:
+        UserError: Another process holds the lock.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:

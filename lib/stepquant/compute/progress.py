@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left in a terminal, a plain line per item in a log."""
+"""Progress on stderr: a bar with the time left in a terminal, a line per item in a log."""
 
 import sys
 import time
@@ -20,20 +20,20 @@ Item = TypeVar("Item")
 
 
 class Meter(Protocol):
-    """Counts the items of some work on stderr."""
+    """Counts the items of some work."""
 
     def step(self) -> None:
-        """One more is done."""
+        """Count one more item as done."""
 
     def skip(self, count: int) -> None:
-        """Some need not be done: an earlier run finished them."""
+        """Count items as done that an earlier run finished. They do not enter the estimate of the time left."""
 
     def extend(self, count: int) -> None:
-        """Some have to be done that were not expected."""
+        """Add items to the total."""
 
 
 def track(items: Collection[Item], label: str) -> Iterator[Item]:
-    """Yield the items and report on stderr how many are done, how long one takes and how long the rest will."""
+    """Yield the items, and count each as done when the next one is asked for."""
     with meter(label, len(items)) as progress:
         for item in items:
             yield item
@@ -42,7 +42,7 @@ def track(items: Collection[Item], label: str) -> Iterator[Item]:
 
 @contextmanager
 def meter(label: str, total: int) -> Iterator[Meter]:
-    """A meter for `total` items, for the length of the block."""
+    """A meter for `total` items, shown under a label while the block runs."""
     if sys.stderr.isatty():
         with _terminal() as progress:
             yield _Bar(progress, progress.add_task(label, total=total), total)
@@ -64,7 +64,7 @@ def _terminal() -> Progress:
 
 
 class _Bar:
-    """What was finished earlier leaves the bar's total, so that the time left is that of the rest."""
+    """Skipped items are taken from the total of the bar, so that its estimate covers only the others."""
 
     def __init__(self, progress: Progress, task: TaskID, total: int):
         self.progress, self.task, self.total = progress, task, total

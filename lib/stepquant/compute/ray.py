@@ -1,21 +1,22 @@
-"""Workers on a Ray cluster: one that is running, or one that is started on this machine for as long as the work takes.
+"""Workers on a Ray cluster: a running one, or one that is started on this machine for the time of the stage.
 
-Ray places tasks, gives each its share of GPUs, and runs those of lost workers again. The code travels with the tasks;
-all data is read and written below the current folder, which every machine must have under the same path.
+Ray places the tasks, assigns GPUs or fractions of them, and repeats tasks of lost workers. It sends the code along. All
+data is read and written below the current folder, which every machine must have under the same path.
 """
 
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepquant.compute.local import ATTEMPTS, lost_workers
-from stepquant.compute.task import Outcome, Task, run_task
+from stepquant.compute.task import Outcome, Task, describe_worker, run_task
 from stepquant.errors import UserError
 from stepquant.params import Compute
 
-# Results lie in files, so Ray's own memory holds next to nothing; it refuses less than 75 MB.
+# Results are files, so Ray's object store holds almost nothing. Ray refuses less than 75 MB.
 OBJECT_STORE_BYTES = 100_000_000
 
 
@@ -23,6 +24,15 @@ class RayWorkers:
     """A connection to the cluster of `compute.address`."""
 
     def __init__(self, compute: Compute, code: Sequence[Path]):
+        """Connect, or start a cluster.
+
+        Args:
+            compute: The parameters.
+            code: Folders of the packages that Ray sends to the workers.
+
+        Raises:
+            UserError: Ray is not installed, nothing answers, or no machine has the resources of one unit.
+        """
         if importlib.util.find_spec("ray") is None:
             raise UserError("compute.executor: ray is not installed here; pip install 'stepquant[ray]'")
         self.compute = compute
@@ -33,39 +43,51 @@ class RayWorkers:
             self.close()
             raise
 
-    def run(self, tasks: Sequence[Task], root: Path) -> Iterator[Outcome]:
-        import ray
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+    def describe(self) -> dict[str, str] | UserError:
+        found: dict[str, str] | UserError = self._result(self._remote(describe_worker).remote(self.compute))
+        return found
 
-        options = {
-            "num_cpus": self.compute.threads,
-            "num_gpus": self.compute.gpus_per_unit,
-            "max_retries": ATTEMPTS - 1,
-        }
-        remote = ray.remote(run_task_there).options(**options)
-        pending = [remote.remote(task, root, Path.cwd(), self.compute) for task in tasks]
+    def run(self, tasks: Sequence[Task], root: Path, versions: dict[str, str]) -> Iterator[Outcome]:
+        import ray
+
+        remote = self._remote(run_task_there)
+        pending = [remote.remote(task, root, Path.cwd(), self.compute, versions) for task in tasks]
         while pending:
             (done, *_), pending = ray.wait(pending)
-            try:
-                outcome = ray.get(done)
-            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):
-                raise UserError(lost_workers(ATTEMPTS)) from None
-            yield outcome
+            yield self._result(done)
 
     def close(self) -> None:
         import ray
 
         ray.shutdown()
 
+    def _remote(self, function: Callable[..., Any]) -> Any:
+        """The function as a Ray task with the resources of one unit."""
+        import ray
 
-def run_task_there(task: Task, root: Path, folder: Path, compute: Compute) -> Outcome:
+        return ray.remote(function).options(
+            num_cpus=self.compute.threads, num_gpus=self.compute.gpus_per_unit, max_retries=ATTEMPTS - 1
+        )
+
+    def _result(self, reference: Any) -> Any:
+        import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+        try:
+            return ray.get(reference)
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):
+            raise UserError(lost_workers(ATTEMPTS)) from None
+
+
+def run_task_there(task: Task, root: Path, folder: Path, compute: Compute, versions: dict[str, str]) -> Outcome:
     """run_task in a Ray worker, in the folder of the driver."""
     try:
         os.chdir(folder)
     except OSError as error:
-        message = f"{folder}: not on the machine {os.uname().nodename} ({error.strerror}); share it with all machines under the same path"
-        return Outcome(task.key, None, message, "")
-    return run_task(task, root, compute)
+        where = f"{folder}: not on the machine {os.uname().nodename} ({error.strerror})"
+        missing = UserError(f"{where}; share it with all machines under the same path")
+        return Outcome(task.key, missing, "")
+    return run_task(task, root, compute, versions)
 
 
 def _connect(compute: Compute, code: Sequence[Path]) -> None:
@@ -96,28 +118,31 @@ def _connect(compute: Compute, code: Sequence[Path]) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would try again for many minutes."""
+    """Refuse an address where nothing listens: Ray would retry for many minutes."""
     host, port = address.split(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise UserError(
-            f"compute.address: nothing answers at {address} ({error}); expected the address that `ray start --head` prints"
+            f"compute.address: nothing answers at {address} ({error}); "
+            "expected the address that `ray start --head` prints"
         ) from None
 
 
 def _check_resources(compute: Compute) -> None:
-    """Refuse what no machine of the cluster has: Ray would wait for it for ever."""
+    """Refuse what no machine of the cluster has: Ray would wait for it forever."""
     import ray
 
     if compute.gpus_per_unit == 0 and compute.device.startswith("cuda"):
         raise UserError(
-            "compute.gpus_per_unit: 0 hides all GPUs from Ray's workers, and compute.device is cuda; ask for a share of one"
+            "compute.gpus_per_unit: 0 hides all GPUs from Ray's workers, and compute.device is cuda; "
+            "set 1, or a fraction of a GPU"
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, key, wanted in (("CPU", "threads", compute.threads), ("GPU", "gpus_per_unit", compute.gpus_per_unit)):
         most = max(node.get(name, 0) for node in nodes)
         if wanted > most:
             raise UserError(
-                f"compute.{key}: a unit asks for {wanted:g} {name}s; the largest machine of the Ray cluster has {most:g}"
+                f"compute.{key}: a unit asks for {wanted:g} {name}s; "
+                f"the largest machine of the Ray cluster has {most:g}"
             )

@@ -1,9 +1,9 @@
-"""Finished units of work, kept under a key that covers all that made them.
+"""Finished units of work, kept under a key that covers everything they were made from.
 
-A unit (one block of one expert, one prompt ...) is a folder. It is written under a temporary name and renamed when it
-is complete, so it is finished or absent; a killed stage goes on with what is missing, and a unit whose code, params or
-inputs changed has another key, so a stale one is never found. Units live outside the DVC outs: DVC empties an out
-before its stage runs. A stage ends by gathering its units into the out by hardlink.
+A unit is a folder: one block of one expert, one prompt, and so on. It is written under a temporary name and renamed
+when it is complete, so it is finished or absent. A killed stage continues with the missing units. A unit whose code,
+parameters or inputs have changed has another key, so a stale unit is never found. Units are kept outside the outs of
+DVC, because DVC empties an out before its stage runs. A stage ends by hardlinking its units into the out.
 
     <root>/<key>/unit.json    {"files": {name: sha256}, "sizes": {name: bytes}}, written last
     <root>/<key>/...          the unit's files
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepquant.storage.atomic import finished_folder_or_absent
 from stepquant.storage.digests import content_key, file_digests
 
 MARKER = "unit.json"
@@ -25,33 +26,46 @@ MARKER = "unit.json"
 
 @dataclass(frozen=True)
 class Unit:
-    """A finished unit: its folder, and the digest of its content (not of its key: equal bytes give equal digests)."""
+    """A finished unit.
+
+    Attributes:
+        folder: Its files.
+        digest: The digest of its content, not of its key: equal bytes have equal digests.
+    """
 
     folder: Path
     digest: str
 
 
 class UnitStore:
-    """Units of one stage in one folder."""
+    """The units of one stage, in one folder."""
 
     def __init__(self, root: Path):
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: str) -> Unit | None:
-        """The finished unit of this key, or None. What a broken one has left is removed."""
+        """The finished unit of this key, or None. The remains of a broken unit are removed."""
         unit = self.peek(key)
         if unit is None and (self.root / key).is_dir():
             shutil.rmtree(self.root / key)
         return unit
 
     def peek(self, key: str) -> Unit | None:
-        """The finished unit of this key, or None."""
+        """The finished unit of this key, or None. Nothing is removed."""
         files = _finished_files(self.root / key)
         return None if files is None else Unit(self.root / key, _digest(files))
 
     def make(self, key: str, work: Callable[[Path], None]) -> Unit:
-        """The unit of this key; work(folder) fills a new folder if it isn't there yet."""
+        """The unit of this key, made if it is missing.
+
+        Args:
+            key: The key.
+            work: Fills the new folder that it is given.
+
+        Returns:
+            The finished unit. If another process finished it meanwhile, that one.
+        """
         found = self.find(key)
         if found:
             return found
@@ -72,29 +86,29 @@ class UnitStore:
         try:
             os.rename(partial, self.root / key)
         except OSError as error:
-            # Another process made the same unit meanwhile, as when a worker that was thought lost is not: its bytes are the same.
+            # Another process, such as a worker that was believed lost, has made the same unit. Its bytes are equal.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or self.find(key) is None:
                 raise
 
     def drop(self, key: str) -> None:
-        """Remove a unit whose content nobody needs any more."""
+        """Remove a unit that is no longer needed."""
         shutil.rmtree(self.root / key, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written. Call it under the stage's lock only."""
+        """Remove the half-written units of killed processes. Call it only under the stage's lock."""
         for partial in self.root.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
-    """Build the folder `out` from units (path inside it, "" for its top -> unit) by hardlink, and small text files.
+    """Build an out of a stage, whole or not at all. Call it under the stage's lock.
 
-    It is built under a temporary name beside `out` and renamed, so `out` is whole or absent. Call it under the stage's lock.
+    Args:
+        units: Path inside the out ("" for its top) -> unit, whose files are hardlinked there.
+        out: The folder. An old one is replaced.
+        texts: Path inside the out -> content of a small text file.
     """
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-    try:
-        partial.mkdir(parents=True)
+    with finished_folder_or_absent(out) as partial:
         for place, unit in units.items():
             shutil.copytree(
                 unit.folder,
@@ -106,30 +120,27 @@ def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
         for name, text in texts.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(text)
-        shutil.rmtree(out, ignore_errors=True)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finished_files(folder: Path) -> dict[str, str] | None:
-    """What the marker of a unit lists; None if the marker, or a file in its list, is gone or has another size."""
+    """The files that a unit's marker lists; None if the marker or one of them is missing, or has another size."""
     marker = folder / MARKER
     if not marker.is_file():
         return None
     listed = json.loads(marker.read_text())
-    sizes = listed.get("sizes")  # a marker of an older form has none
+    files: dict[str, str] = listed["files"]
+    sizes: dict[str, int] | None = listed.get("sizes")  # early versions wrote none; their units are made again
     whole = sizes is not None and all(
         (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
     )
-    return listed["files"] if whole else None
+    return files if whole else None
 
 
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # Another file system, or one without hardlinks.
+        # Another file system, or one without hard links.
         shutil.copyfile(source, target)
 
 
@@ -138,7 +149,7 @@ def _digest(files: dict[str, str]) -> str:
 
 
 def _sync(folder: Path, files: dict[str, str]) -> None:
-    """Bring the files to disk before the marker says that they are there."""
+    """Bring the files to disk before the marker lists them."""
     for name in files:
         handle = os.open(folder / name, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
 """Fidelity: how close a video is to the one that BF16 makes from the same noise.
 
-Videos are uint8 [F, H, W, 3] as the model made them: a lossy codec in between would cap PSNR near 44 dB.
+Videos are uint8 [F, H, W, 3] without a lossy codec, which would limit PSNR to about 44 dB.
 
-The PSNR of identical pictures is infinite, which JSON cannot hold and which would swallow every mean: it is capped at
-PSNR_CAP. Two 8-bit videos come near the cap only when they differ in less than one value in 150,000.
+The PSNR of identical pictures is infinite. JSON cannot store that, and it would make every mean infinite, so PSNR is
+capped at PSNR_CAP. Different 8-bit videos reach the cap only if fewer than one value in 150,000 differs.
 """
 
 import numpy as np
@@ -16,17 +16,27 @@ PSNR_CAP = 100.0  # dB
 
 
 def psnr(video: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), with the MSE over all values of the video.
+    """Peak signal-to-noise ratio of a video, 10 log10(255^2 / MSE), with the MSE over all values.
 
-    Pooling the error, not the decibels of the frames, keeps one perfect frame (an image-to-video model has its first
-    frame given) from lifting the whole. Capped at PSNR_CAP. Raises UserError if the shapes differ.
+    The error is pooled, not the decibels of the frames: an image-to-video model reproduces its first frame almost
+    exactly, and that frame alone would raise a mean of decibels.
+
+    Args:
+        video: uint8 [F, H, W, 3].
+        reference: The same.
+
+    Returns:
+        dB, capped at PSNR_CAP.
+
+    Raises:
+        UserError: The shapes differ.
     """
     _check_pair(video, reference)
     return _capped_psnr(video, reference)
 
 
 def psnr_frames(video: np.ndarray, reference: np.ndarray) -> list[float]:
-    """PSNR in dB of each frame, capped at PSNR_CAP. Raises UserError if the shapes differ."""
+    """PSNR of each frame, in dB and capped at PSNR_CAP. Arguments and errors as in `psnr`."""
     _check_pair(video, reference)
     return [_capped_psnr(frame, expected) for frame, expected in zip(video, reference)]
 
@@ -35,21 +45,35 @@ def ssim_frames(video: np.ndarray, reference: np.ndarray) -> list[float]:
     """Structural similarity of each frame, averaged over RGB, in [-1, 1].
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 2004: Gaussian
-    window of sigma 1.5 (11 x 11), K1 = 0.01, K2 = 0.03, population covariance. Raises UserError if the shapes differ
-    or a side is under 11 pixels.
+    window of sigma 1.5 (11 x 11), K1 = 0.01, K2 = 0.03, population covariance.
+
+    Args:
+        video: uint8 [F, H, W, 3].
+        reference: The same.
+
+    Raises:
+        UserError: The shapes differ, or a side has fewer than 11 pixels.
     """
     _check_pair(video, reference)
     if min(video.shape[1:3]) < 11:
         raise UserError(
-            f"SSIM looks through an 11 x 11 window; the video has {video.shape[1]} x {video.shape[2]} pixels"
+            f"SSIM needs at least 11 x 11 pixels, its window; the video has {video.shape[1]} x {video.shape[2]}"
         )
     return [_ssim(frame, expected) for frame, expected in zip(video, reference)]
 
 
 def first_frame_psnr(video: np.ndarray, image: np.ndarray) -> float:
-    """PSNR in dB of the first frame against the input image (uint8 [H, W, 3], as the model was given it).
+    """PSNR of the first frame against the input image.
 
-    Capped at PSNR_CAP. Raises UserError if image and frame differ in size.
+    Args:
+        video: uint8 [F, H, W, 3].
+        image: uint8 [H, W, 3], as the model was given it (`stepquant.evaluate.video.model_image`).
+
+    Returns:
+        dB, capped at PSNR_CAP.
+
+    Raises:
+        UserError: Image and frame differ in size.
     """
     return psnr(video[:1], image[None])
 
@@ -79,6 +103,6 @@ def _check_pair(video: np.ndarray, reference: np.ndarray) -> None:
     check_video(reference)
     if video.shape != reference.shape:
         raise UserError(
-            f"cannot compare a video of {list(video.shape)} with one of {list(reference.shape)} (frames, height, width, "
-            "RGB): both must come from the same generation settings"
+            f"cannot compare a video of {list(video.shape)} with one of {list(reference.shape)} "
+            "(frames, height, width, RGB): both must come from the same generation settings"
         )

@@ -1,8 +1,8 @@
 """The metrics file of one variant, `artifacts/metrics/V.json`: its schema, its builder, reader and writer.
 
 Files are sorted, indented and end with a newline, so that equal numbers are equal bytes. Decibels are capped at
-`fidelity.PSNR_CAP`, errors are relative, bytes are bytes. `bf16` is the reference: its psnr, ssim and format are null
-and it has no layers.
+`fidelity.PSNR_CAP`, and layer errors are relative. `bf16` is the reference: its psnr, ssim and format are null, and it
+has no layers.
 """
 
 import json
@@ -21,8 +21,6 @@ from stepquant.evaluate.temporal import motion, temporal_flickering
 from stepquant.recipe.variants import ORDER
 from stepquant.storage.atomic import finished_or_absent
 
-AGAINST_BF16 = ("psnr", "ssim")  # need the BF16 video, so BF16 itself has none
-ON_ITS_OWN = ("first_frame_psnr", "temporal_flickering", "motion")
 Error = Annotated[float, Field(ge=0)]
 
 
@@ -31,7 +29,7 @@ class _Part(BaseModel):
 
 
 class FormatPair(_Part):
-    """Formats of weights and activations; activation is null where it stays in BF16 (W4A16)."""
+    """Formats of weights and activations; activation is null if activations stay in BF16 (W4A16)."""
 
     weight: str
     activation: str | None
@@ -46,13 +44,13 @@ class Estimate(_Part):
 
 
 class Compared(Estimate):
-    """An Estimate, and the paired difference to BF16 (null for BF16): the absolute value says little by itself."""
+    """An Estimate and the paired difference to BF16 (null for BF16), because the absolute value alone says little."""
 
     difference: Estimate | None
 
 
 class VideoMetrics(_Part):
-    """Numbers of one video. psnr_frames shows whether the distance to BF16 grows along the video."""
+    """Metrics of one video. psnr_frames shows whether the distance to BF16 grows along the video."""
 
     psnr: float | None
     psnr_frames: list[float] | None
@@ -63,7 +61,7 @@ class VideoMetrics(_Part):
 
 
 class Videos(_Part):
-    """Numbers over all evaluated videos; `per_video` is keyed by sample id."""
+    """Metrics over all evaluated videos; `per_video` is keyed by prompt id."""
 
     count: Annotated[int, Field(ge=1)]
     psnr: Estimate | None
@@ -87,7 +85,7 @@ class Layers(_Part):
 
 
 class Memory(_Part):
-    """Bytes of all experts' weights as packed and as BF16, and packed / BF16."""
+    """Bytes of the weights of all experts, packed and in BF16, and their ratio."""
 
     packed_bytes: Annotated[int, Field(ge=1)]
     bf16_bytes: Annotated[int, Field(ge=1)]
@@ -95,7 +93,7 @@ class Memory(_Part):
 
 
 class Record(_Part):
-    """All that is known of one variant. layers is keyed by expert."""
+    """All measurements of one variant. layers is keyed by expert."""
 
     variant: Annotated[str, Field(min_length=1)]
     format: FormatPair | None
@@ -111,10 +109,15 @@ class Record(_Part):
 
 
 def measure_video(video: np.ndarray, bf16: np.ndarray | None, image: np.ndarray) -> VideoMetrics:
-    """All metrics of one video (uint8 [F, H, W, 3]).
+    """All metrics of one video.
 
-    bf16: the video BF16 made from the same noise, null if `video` is that one. image: uint8 [H, W, 3], the input image
-    as the model was given it. Raises UserError if sizes differ or there is a single frame.
+    Args:
+        video: uint8 [F, H, W, 3].
+        bf16: The video that BF16 made from the same noise; None if `video` is that one.
+        image: The input image as the model was given it, uint8 [H, W, 3].
+
+    Raises:
+        UserError: The sizes differ, or there is a single frame.
     """
     return VideoMetrics(
         psnr=None if bf16 is None else psnr(video, bf16),
@@ -129,28 +132,39 @@ def measure_video(video: np.ndarray, bf16: np.ndarray | None, image: np.ndarray)
 def summarize_videos(
     videos: Mapping[str, VideoMetrics], bf16: Mapping[str, VideoMetrics] | None, bootstrap: Bootstrap
 ) -> Videos:
-    """Aggregates {sample id: metrics}; bf16 holds the same ids for BF16, and is null if `videos` is BF16.
+    """Means over videos with their intervals.
 
-    Raises UserError if there is no video or the ids differ.
+    Args:
+        videos: Prompt id -> metrics.
+        bf16: The same of BF16; None if `videos` is BF16.
+        bootstrap: How the intervals are computed.
+
+    Raises:
+        UserError: There is no video, or the ids differ.
     """
 
     def estimate(name: str) -> Estimate:
         return Estimate(**interval(_column(videos, name), bootstrap))
 
     def compared(name: str) -> Compared:
-        pair = bf16 and paired_difference(_column(videos, name), _column(bf16, name), bootstrap)
-        return Compared(**estimate(name).model_dump(), difference=pair and Estimate(**pair))
+        difference = None
+        if bf16 is not None:
+            difference = Estimate(**paired_difference(_column(videos, name), _column(bf16, name), bootstrap))
+        return Compared(**estimate(name).model_dump(), difference=difference)
 
     return Videos(
         count=len(videos),
-        **{name: None if bf16 is None else estimate(name) for name in AGAINST_BF16},
-        **{name: compared(name) for name in ON_ITS_OWN},
+        psnr=None if bf16 is None else estimate("psnr"),
+        ssim=None if bf16 is None else estimate("ssim"),
+        first_frame_psnr=compared("first_frame_psnr"),
+        temporal_flickering=compared("temporal_flickering"),
+        motion=compared("motion"),
         per_video=dict(videos),
     )
 
 
 def summarize_layers(errors: Iterable[LayerError]) -> dict[str, Layers]:
-    """Geometric means of raw layer errors, per expert. No errors (BF16): an empty dict."""
+    """Expert -> geometric means of its layer errors; empty if there are none (BF16)."""
     experts: dict[str, list[LayerError]] = {}
     for record in errors:
         experts.setdefault(record.expert, []).append(record)
@@ -158,19 +172,23 @@ def summarize_layers(errors: Iterable[LayerError]) -> dict[str, Layers]:
 
 
 def memory(packed_bytes: int, bf16_bytes: int) -> Memory:
-    """Memory of a variant; for BF16 both counts are equal."""
+    """Bytes of a variant; for BF16 both counts are equal."""
     return Memory(packed_bytes=packed_bytes, bf16_bytes=bf16_bytes, ratio=packed_bytes / bf16_bytes)
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Writes a metrics file; the same record gives the same bytes."""
+    """Write a metrics file. The same record gives the same bytes."""
     with finished_or_absent(path) as partial:
         text = json.dumps(record.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> Record:
-    """Reads a metrics file. Raises UserError if it is missing, no JSON, or departs from the schema (names the field)."""
+    """Read a metrics file.
+
+    Raises:
+        UserError: The file is missing, is not JSON, or does not match the schema; the message names the field.
+    """
     try:
         return Record.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -182,13 +200,13 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every metrics file of a folder, from the reference to the full recipe. Raises UserError if there is none."""
+    """Every metrics file of a folder, in the order of the variants, others last. Raises UserError if there is none."""
     paths = sorted(
         folder.glob("*.json"),
         key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),
     )
     if not paths:
-        raise UserError(f"{folder}: holds no metrics; `dvc repro` writes them")
+        raise UserError(f"{folder}: no metrics; `dvc repro` writes them")
     return [read_record(path) for path in paths]
 
 

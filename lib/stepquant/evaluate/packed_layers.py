@@ -1,4 +1,7 @@
-"""The error of every packed linear on held-out tokens, read back from a checkpoint: ||Y_q - Y|| / ||Y|| of the output without bias."""
+"""The error of every site on held-out tokens, from the packed linears of a checkpoint.
+
+||Y_q - Y|| / ||Y|| of the output without bias, on tokens of prompts that calibration did not use.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +27,11 @@ def layer_errors(
 ) -> Iterator[LayerError]:
     """The held-out error of every site of every block, per bin.
 
-    checkpoint: folder of the packed pipeline. activations: the folder of an expert's statistics, whose held-out tokens are used.
+    Args:
+        manifest: The source model.
+        compute: Device and dtype.
+        checkpoint: Folder of the packed pipeline.
+        activations: Expert -> folder of its statistics, which have the held-out tokens.
     """
     for expert, described in manifest.experts.items():
         model = open_expert(manifest, expert, compute)
@@ -41,13 +48,13 @@ def layer_errors(
 
 
 class PackedExpert:
-    """One expert's packed linears, read when asked for."""
+    """The packed linears of one expert, read when they are asked for."""
 
     def __init__(self, folder: Path, device: str):
         self.weights, self.settings, self.device = open_weights(folder), read_settings(folder), device
 
     def linears(self, index: int, site: Site) -> list[W4A4Linear]:
-        """The linears of a site, in the order in which their outputs are stacked."""
+        """The linears of a site in the order of their rows in its stacked weight."""
         return [
             read_linear(self.weights, self.settings, f"blocks.{index}.{path}", self.device) for path in site.linears
         ]

@@ -1,4 +1,4 @@
-"""Means over videos, with an interval that says how far to trust them."""
+"""Means over videos with bootstrap intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,13 @@ from stepquant.errors import UserError
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: number of resampled means, confidence (0.95 is a 95 % interval), seed of the resampling."""
+    """How intervals are computed.
+
+    Attributes:
+        samples: Number of resampled means.
+        confidence: 0.95 gives a 95 % interval.
+        seed: Seed of the resampling.
+    """
 
     samples: int
     confidence: float
@@ -18,10 +24,20 @@ class Bootstrap:
 
 
 def interval(values: Mapping[str, float], bootstrap: Bootstrap) -> dict[str, float]:
-    """Mean over videos and its percentile bootstrap interval, {"mean", "low", "high"}, from {video id: value}.
+    """Mean over videos and its percentile bootstrap interval.
 
-    Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 1979; percentile interval. Ids are
-    drawn in sorted order from a seeded generator, so every variant sees the same resamples. Raises UserError if empty.
+    Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 1979. Videos are resampled in the
+    order of their ids by a seeded generator, so every variant has the same resamples.
+
+    Args:
+        values: Prompt id -> value.
+        bootstrap: How the interval is computed.
+
+    Returns:
+        {"mean": ..., "low": ..., "high": ...}
+
+    Raises:
+        UserError: There is no value.
     """
     if not values:
         raise UserError("no video to summarize: the evaluation manifest and the generated videos share no id")
@@ -35,10 +51,12 @@ def interval(values: Mapping[str, float], bootstrap: Bootstrap) -> dict[str, flo
 def paired_difference(
     values: Mapping[str, float], reference: Mapping[str, float], bootstrap: Bootstrap
 ) -> dict[str, float]:
-    """`interval` of value - reference per video: the difference between two variants on the same prompts and noise.
+    """The `interval` of value - reference per video, between two variants on the same prompts and noise.
 
-    Pairing removes the spread between videos, which is far larger than what quantization does to one of them.
-    Raises UserError if the two do not hold the same ids.
+    Pairing removes the variation between videos, which is far larger than the effect of quantization.
+
+    Raises:
+        UserError: The two have different ids.
     """
     if values.keys() != reference.keys():
         missing = sorted(values.keys() ^ reference.keys())

@@ -1,6 +1,6 @@
-"""How a video behaves in time, without a reference. Videos are uint8 [F, H, W, 3].
+"""Temporal metrics without a reference. Videos are uint8 [F, H, W, 3].
 
-The two numbers belong together: a frozen video has perfect flicker, and only `motion` says that nothing moves.
+The two belong together: a frozen video has the best flicker score, and only `motion` shows that nothing moves.
 """
 
 import numpy as np
@@ -12,7 +12,11 @@ from stepquant.evaluate.video import check_video
 def temporal_flickering(video: np.ndarray) -> float:
     """VBench's `temporal_flickering` (Huang et al., CVPR 2024, supplementary): (255 - mean |f_t - f_t+1|) / 255.
 
-    In [0, 1]; 1 means that no frame differs from the one before. Raises UserError for a video of one frame.
+    Returns:
+        A value in [0, 1]; 1 means that no frame differs from the one before.
+
+    Raises:
+        UserError: The video has one frame.
     """
     _check_moves(video)
     frames = video.astype(np.int16)
@@ -20,9 +24,13 @@ def temporal_flickering(video: np.ndarray) -> float:
 
 
 def motion(video: np.ndarray) -> float:
-    """Mean |f_t - f_0| over all later frames, in grey levels (0..255): a proxy for how much moves; 0 is frozen.
+    """Mean |f_t - f_0| over all later frames: a proxy for the amount of motion.
 
-    Raises UserError for a video of one frame.
+    Returns:
+        Gray levels in [0, 255]; 0 for a frozen video.
+
+    Raises:
+        UserError: The video has one frame.
     """
     _check_moves(video)
     frames = video.astype(np.int16)
@@ -32,4 +40,4 @@ def motion(video: np.ndarray) -> float:
 def _check_moves(video: np.ndarray) -> None:
     check_video(video)
     if len(video) < 2:
-        raise UserError("a video of one frame has no temporal metric; set generate to at least 2 frames")
+        raise UserError("a video of one frame has no temporal metric; set sampling.num_frames to at least 2")

@@ -1,10 +1,10 @@
-"""Video files: lossless MP4 for measuring, animated GIF for looking.
+"""Video files: lossless MP4 for measurements, animated GIF for viewing.
 
 A video is a uint8 array [F, H, W, 3] (frames, height, width, RGB).
 
 Storage contract of the MP4: H.264 High 4:4:4 Predictive, GBR planes (no RGB -> YUV rounding), quantizer 0, hence
-exact; frame i has pts i in units of 1/fps. The same frames give the same bytes because the encoder runs on one thread
-(x264 decides differently for every thread count), every pts is explicit, and the muxer writes no dates.
+exact. Frame i has pts i in units of 1/fps. The same frames give the same bytes, because the encoder uses one thread
+(the output of x264 depends on the number of threads), every pts is explicit, and the muxer writes no dates.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,30 @@ from stepquant.storage.atomic import finished_or_absent
 LABEL_HEIGHT = 16  # pixels of the caption band of a preview
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes frames (uint8 [F, H, W, 3]) without loss as an MP4 that is byte-identical for identical frames.
+def model_image(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """An input image as diffusers gives it to the model: resized by Lanczos (its VideoProcessor.preprocess).
 
-    fps: frames per second, a whole number. Raises ValueError if frames is not such an array.
+    Args:
+        image: The picture of a prompt, RGB.
+        height: Height of the video in pixels.
+        width: Width of the video in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write a lossless MP4. Identical frames give identical bytes.
+
+    Args:
+        path: The file.
+        frames: uint8 [F, H, W, 3].
+        fps: Frames per second.
+
+    Raises:
+        ValueError: frames is not such an array.
     """
     check_video(frames)
     with finished_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as container:
@@ -44,9 +64,13 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def read_video(path: Path) -> np.ndarray:
-    """Reads every frame of a video file as uint8 [F, H, W, 3].
+    """Read every frame of a video file.
 
-    Raises UserError if the file is missing, cannot be decoded or holds no frame.
+    Returns:
+        uint8 [F, H, W, 3].
+
+    Raises:
+        UserError: The file is missing, cannot be decoded or has no frame.
     """
     try:
         with av.open(str(path)) as container:
@@ -56,21 +80,28 @@ def read_video(path: Path) -> np.ndarray:
             f"{path}: cannot be read as a video ({error}); expected an MP4 that stage generate wrote"
         ) from error
     if not frames:
-        raise UserError(f"{path}: holds no frame; expected an MP4 that stage generate wrote")
+        raise UserError(f"{path}: has no frame; expected an MP4 that stage generate wrote")
     return np.stack(frames)
 
 
 def check_video(frames: np.ndarray) -> None:
-    """Raises ValueError unless frames is uint8 [F, H, W, 3] with at least one frame."""
+    """Raise ValueError unless frames is uint8 [F, H, W, 3] with at least one frame."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"a video is uint8 [F, H, W, 3] with F >= 1, not {frames.dtype} {list(frames.shape)}")
 
 
 def write_preview(path: Path, clips: Sequence[np.ndarray], labels: Sequence[str], fps: int, width: int) -> None:
-    """Writes `encode_gif` of clips beside each other, each under its label (an empty label leaves the band empty).
+    """Write a GIF of clips side by side, each below its label.
 
-    clips: videos uint8 [F, H, W, 3] of one shape. width: pixels that one clip should take, see `fit_width`.
-    Raises ValueError if the shapes differ or labels and clips are not as many.
+    Args:
+        path: The file.
+        clips: Videos of one shape, uint8 [F, H, W, 3].
+        labels: One per clip; it may be empty.
+        fps: Frames per second.
+        width: Approximate width of one clip in pixels, see `fit_width`.
+
+    Raises:
+        ValueError: The shapes differ, or the numbers of labels and clips.
     """
     columns = [_captioned(fit_width(clip, width), label) for clip, label in zip(clips, labels, strict=True)]
     with finished_or_absent(path) as partial:
@@ -78,9 +109,17 @@ def write_preview(path: Path, clips: Sequence[np.ndarray], labels: Sequence[str]
 
 
 def fit_width(frames: np.ndarray, width: int) -> np.ndarray:
-    """Brings a video to about `width` pixels: small ones repeat pixels by a whole factor, large ones average over boxes.
+    """Scale a video to about `width` pixels.
 
-    A whole factor keeps every original pixel visible as it is. Returns uint8 [F, H', W', 3].
+    Small videos repeat every pixel by a whole factor, which keeps the original pixels visible. Large ones average over
+    boxes.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        width: Pixels.
+
+    Returns:
+        uint8 [F, H', W', 3].
     """
     check_video(frames)
     _, high, wide, _ = frames.shape
@@ -92,10 +131,14 @@ def fit_width(frames: np.ndarray, width: int) -> np.ndarray:
 
 
 def encode_gif(frames: np.ndarray, fps: int) -> bytes:
-    """An endlessly looping GIF of frames (uint8 [F, H, W, 3]); for the eye only, it keeps 256 colours.
+    """A looping GIF with 256 colors, for viewing only.
 
-    One palette serves all frames and nothing is dithered: a palette or dither pattern per frame would flicker, and
-    flicker is one of the artefacts a viewer looks for. GIF counts time in 1/100 s, so the speed is rounded to that.
+    All frames have one palette and no dithering, because a palette or dither pattern per frame would flicker, and
+    flicker is one of the artifacts that viewers look for. Frame times are rounded to 1/100 s, the unit of GIF.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        fps: Frames per second.
     """
     check_video(frames)
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, Image.Quantize.MEDIANCUT)
@@ -106,7 +149,7 @@ def encode_gif(frames: np.ndarray, fps: int) -> bytes:
 
 
 def _captioned(frames: np.ndarray, label: str) -> np.ndarray:
-    """Puts a white band with the label on top of every frame: uint8 [F, LABEL_HEIGHT + H, W, 3]."""
+    """A white band with the label above every frame: uint8 [F, LABEL_HEIGHT + H, W, 3]."""
     band = Image.new("RGB", (frames.shape[2], LABEL_HEIGHT), "white")
     ImageDraw.Draw(band).text((2, 1), label, fill="black", font=ImageFont.load_default(size=LABEL_HEIGHT - 5))
     bands = np.broadcast_to(np.asarray(band), (len(frames), *np.asarray(band).shape))

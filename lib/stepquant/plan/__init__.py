@@ -1,1 +1,1 @@
-"""What a run would take, before it runs: bytes from shapes, work from shapes, time from measured rates and public figures."""
+"""What a run would take, before it runs: bytes and operations from shapes, time from measured and public rates."""

@@ -1,37 +1,52 @@
-"""What each stage computes, moves and holds: floating-point operations and bytes from shapes, seconds for a machine.
+"""What each stage computes, moves and holds on a machine: seconds and peak bytes, from shapes.
 
-Counted are matrix products, factorizations, GPTQ's column loop, and what goes to and from the scratch disk; the rest is small
-beside them. Units are independent (blocks; in capture shards of the calls), so they are taken to spread evenly over the devices, as far
-as there are as many.
+Counted are matrix products, factorizations, GPTQ's column loop, and the traffic to the scratch disk and over PCIe. The
+rest is small. Units are independent (blocks; in capture, shards of the calls), so they are assumed to be spread evenly
+over the devices, up to one unit per device.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from stepquant.calibration.observer import PANEL, SLAB
+from stepquant.calibration.observer import SLAB
 from stepquant.plan import sizes
+from stepquant.plan.counts import (
+    block_input_bytes,
+    fit_flops,
+    forward_bytes,
+    forward_flops,
+    hessian_flops,
+    linear_bytes,
+    sketch_flops,
+)
 from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
-from stepquant.plan.workload import ExpertRun, SiteShape, Workload, runs, search_rows, summed_tokens, validation_rows
+from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, search_rows, validation_rows
 from stepquant.quantize.damping import VALIDATION_ROWS
 from stepquant.quantize.gptq import PANEL as TRIANGLE
-from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
 
-# Tensors that are alive at once at the worst moment of a stage, in multiples of: the site's weight in float32, its second
-# moments, its tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
+# Tensors that exist at a time at the peak of a stage, in multiples of: the site's weight in float32, its Hessian, its
+# tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
 LOWRANK = (2, 2, 3, 2)
 GPTQ = (5, 6, 0, 0)
 CLIP = (3, 0, 3, 3)
-# A block's forward, per token: values of the width and of the ffn's width that are alive at once, in float32 and in the block's dtype.
-FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
-TRIED = 2.4  # dampings a site tries: the mean over the demo's sites
+TRIED = 2.4  # dampings that a site tries: the mean over the demo's sites
 STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
+COPIES = 3  # chunks of hidden states on a GPU besides those of the forward: two inputs and an output under way
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage on one machine: seconds, peak bytes on the host and on each device (0: there is none), bytes of its out, and
-    bytes of scratch that it needs meanwhile."""
+    """One stage on one machine.
+
+    Attributes:
+        stage: Name of the stage, with its expert or variant.
+        seconds: Run time.
+        host: Peak bytes of host memory.
+        device: Peak bytes of each device; 0 if there is none.
+        out: Bytes of its out on this machine's disk.
+        scratch: Bytes on disk that it needs only while it runs.
+    """
 
     stage: str
     seconds: float
@@ -42,92 +57,103 @@ class Cost:
 
 
 def stage_costs(run: Workload, machine: Machine) -> list[Cost]:
-    """Every stage but evaluate and report, which are short, in the order in which they run; of the variants `full`, and bf16.
+    """Every stage but evaluate and report, which are short, in the order in which they run; variants bf16 and full.
 
-    Sampling and packing take one device, however many there are.
+    Sampling and packing use one device, however many there are.
     """
     recorded, shown = run.recorded_prompts, run.prompts["evaluation"]
     whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
     packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
-    costs = [sampling(run, machine, "trajectories", recorded, whole, on_disk(run, sizes.trajectories(run).bytes))]
+    forward = forward_bytes(run, run.experts[0], 1)
+    out = on_disk(run, sizes.trajectories(run).bytes)
+    costs = [sampling(run, machine, "trajectories", recorded, whole, forward, out)]
     for stage in (capture, lowrank, gptq, clip):
         costs += [stage(run, expert, machine) for expert in run.experts]
     costs.append(pack(run, machine))
     return [
         *costs,
-        sampling(run, machine, "generate@bf16", shown, whole),
-        sampling(run, machine, "generate@full", shown, packed),
+        sampling(run, machine, "generate@bf16", shown, whole, forward),
+        sampling(run, machine, "generate@full", shown, packed, forward + linear_bytes(run, run.experts[0])),
     ]
 
 
-def sampling(run: Workload, machine: Machine, stage: str, prompts: int, experts: list[float], out: float = 0.0) -> Cost:
-    """Whole videos: one expert on the device, all components on the host. experts: bytes of each.
+def sampling(
+    run: Workload, machine: Machine, stage: str, prompts: int, experts: list[float], working: float, out: float = 0.0
+) -> Cost:
+    """Whole videos: one expert on the device, all components on the host.
 
-    That packed linears are decoded in every forward is not counted.
+    Not counted is the time in which packed linears are dequantized in every forward.
+
+    Args:
+        run: The workload.
+        machine: The machine.
+        stage: Name of the stage.
+        prompts: Videos to sample.
+        experts: Bytes of each expert's weights.
+        working: Bytes that a forward holds besides the weights.
+        out: Bytes of the out.
     """
     flops = prompts * sum(sum(e.steps) * e.branches * e.blocks * forward_flops(run, e) for e in run.experts)
-    everything, working = PROCESS_BYTES + sum(experts) + run.other_bytes, forward_bytes(run, run.experts[0], 1)
+    everything = PROCESS_BYTES + sum(experts) + run.other_bytes
     if machine.device_bytes is None:
         return Cost(stage, flops / machine.bf16, everything + working, 0, out)
     return Cost(stage, flops / machine.bf16, everything, CONTEXT_BYTES + max(experts) + working, out)
 
 
 def capture(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """Every block's forward over all calls, second moments of the calibration calls, hidden states and sums by way of the disk."""
-    settings, blocks, hidden = run.parameter("capture"), expert.blocks, sizes.hidden_state(run, expert)
-    forward = expert.all_calls * blocks * forward_flops(run, expert)
-    moments = blocks * sum(moment_flops(run, expert, site) for site in expert.sites)
-    scratch, kept = (
-        sizes.hidden_states(run, expert).bytes + sizes.shard_sums(run, expert).bytes,
-        sizes.activations(run, expert).bytes,
+    """Every block's forward over all calls, Hessians of the calibration calls, hidden states and sums through the disk.
+
+    On a GPU the hidden states of each call cross PCIe to and from every block while other calls are computed, so the
+    slower of the two counts.
+    """
+    settings, hidden = run.parameter("capture"), sizes.hidden_state(run, expert)
+    hessians = expert.blocks * sum(hessian_flops(run, expert, site) for site in expert.sites)
+    forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
+    crossing = 2 * expert.all_calls * expert.blocks * hidden / machine.pcie
+    scratch = sizes.hidden_states(run, expert).bytes + sizes.shard_sums(run, expert).bytes
+    kept = sizes.activations(run, expert).bytes
+    workers = min(machine.devices, ceil(expert.all_calls / settings.calls_per_shard))
+    working = max(forward / machine.bf16 + hessians / machine.hessian, crossing)
+    held = min(settings.calls_per_shard, expert.all_calls)
+    return _cost(
+        f"capture@{expert.name}",
+        working / workers + _capture_disk(run, expert, machine, workers),
+        _capture_device(run, expert, machine, held),
+        machine,
+        on_disk(run, kept),
+        scratch,
+        host=workers * held * hidden,
     )
-    sums = ceil(expert.calls("calibration") / settings.calls_per_shard) * sum(4 * site.K**2 for site in expert.sites)
-    moved = (runs(run, expert) - 1) * expert.all_calls * hidden + blocks * sums
-    shards = ceil(expert.all_calls / settings.calls_per_shard)
-    workers = min(machine.devices, shards)
-    disk = (
-        (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash
-    )  # whoever makes a shard hashes it
-    statistics = sum(4 * site.K**2 for site in expert.sites)
-    block = expert.weights / blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
-    largest = max(site.K for site in expert.sites)
-    device = (
-        block
-        + statistics
-        + 12 * SLAB * largest
-        + DIFFUSERS_BYTES
-        + forward_bytes(run, expert, settings.calls_per_chunk)
-    )
-    seconds = (forward / machine.bf16 + moments / machine.moments) / workers + disk
-    held = workers * min(settings.calls_per_shard, expert.all_calls) * hidden
-    return _cost(f"capture@{expert.name}", seconds, device, machine, on_disk(run, kept), scratch, host=held)
 
 
 def lowrank(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """Candidates of smoothing and rotation on the search tokens, a truncated SVD for each exponent and for what gradients found."""
+    """Candidates of smoothing and rotation on the search tokens.
+
+    Each exponent, and the smoothing refined by gradients, takes a truncated SVD.
+    """
     smooth, rank = run.parameter("smooth", expert.name), run.parameter("lowrank", expert.name).rank
     exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
-    products = exponents + len(
-        run.parameter("rotate", expert.name).hadamard_sizes
-    )  # the reference, the exponents, the other rotations
+    # One for the reference, one per exponent, one per other rotation.
+    products: float = exponents + len(run.parameter("rotate", expert.name).hadamard_sizes)
     if smooth.gradient_steps:
         exponents, products = exponents + 1, products + 1.5  # scored on half of the tokens: reference, before, after
 
     def seconds(site: SiteShape) -> float:
-        flops = products * 2 * search_rows(run, expert, site) * site.weights + exponents * sketch_flops(
-            rank, site.weights
-        )
-        return (
-            flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3
-        )  # a candidate has fewer steps than a pass of GPTQ
+        flops = products * 2 * search_rows(run, expert, site) * site.weights
+        flops += exponents * sketch_flops(rank, site.weights)
+        # A candidate has a third of the elementwise work of a pass of GPTQ.
+        return flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3
 
     total = expert.blocks * sum(map(seconds, expert.sites))
-    device = _worst(run, expert, LOWRANK, lambda site: search_rows(run, expert, site))
+    device = _worst(expert, LOWRANK, lambda site: search_rows(run, expert, site))
     return _factors(run, expert, machine, "lowrank", total, device, sizes.lowrank(run, expert).bytes)
 
 
 def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """A factorization and an aim per site and damping that it tries; a pass over the columns and a weighted fit for each refit."""
+    """Per site and damping that it tries, a factorization and a noise-aware target.
+
+    Per refit, a pass over the columns and a weighted fit of the low-rank branch.
+    """
     rank, settings = run.parameter("lowrank", expert.name).rank, run.parameter("gptq", expert.name)
     refits = settings.refits if rank else 0
     passes, tried = max(1, refits), min(len(settings.dampings), TRIED)
@@ -141,15 +167,12 @@ def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
         fit, thin_fit = (fit_flops(rank, rows, site.K, iterations=1) for rows in (site.N, scored_rows))
         flops = tried * 2 / 3 * site.K**3 + refits * fit  # Cholesky, and the inverse of its triangle
         flops += tried * 2 * validation_rows(run, expert, site) * site.K * 2 * scored_rows  # reference and output
-        if settings.noise:  # two products with a triangle, in panels; the first branch
+        if settings.noise:  # two products with a triangle, in panels; the initial branch
             flops += 2 * (site.weights + tried * scored_rows * site.K) * (site.K + TRIANGLE) + tried * thin_fit + fit
-        return (
-            flops / machine.fp32
-            + passes * one_pass(site, site.N)
-            + tried * (one_pass(site, scored_rows) if scored_rows else 0)
-        )
+        trials = tried * one_pass(site, scored_rows) if scored_rows else 0
+        return flops / machine.fp32 + passes * one_pass(site, site.N) + trials
 
-    device = _worst(run, expert, GPTQ, lambda site: 0)
+    device = _worst(expert, GPTQ, lambda site: 0)
     total = expert.blocks * sum(map(seconds, expert.sites))
     return _factors(run, expert, machine, "gptq", total, device, sizes.residual(run, expert).bytes)
 
@@ -157,20 +180,19 @@ def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
 def clip(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
     """The reference and every candidate on the search tokens."""
     settings = run.parameter("clip", expert.name)
-    candidates = len(settings.ratios) * (
-        len(settings.exponent_offsets) if run.parameter("format").activation == "mxfp4" else 1
-    )
+    offsets = len(settings.exponent_offsets) if run.parameter("format").activation == "mxfp4" else 1
+    candidates = len(settings.ratios) * offsets
     flops = sum((1 + candidates) * 2 * search_rows(run, expert, site) * site.weights for site in expert.sites)
-    device = _worst(
-        run, expert, CLIP, lambda site: search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1)
-    )
-    return _factors(
-        run, expert, machine, "clip", expert.blocks * flops / machine.fp32, device, sizes.clip(run, expert).bytes
-    )
+
+    def rows(site: SiteShape) -> float:
+        return search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1)
+
+    seconds, out = expert.blocks * flops / machine.fp32, sizes.clip(run, expert).bytes
+    return _factors(run, expert, machine, "clip", seconds, _worst(expert, CLIP, rows), out)
 
 
 def pack(run: Workload, machine: Machine) -> Cost:
-    """Codes and scales laid out anew, a block at a time; what is not quantized is copied."""
+    """Codes and scales in the layout of the checkpoint, a block at a time; what is not quantized is copied."""
     packed = sizes.checkpoint(run).bytes
     block = max(
         sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts
@@ -180,63 +202,42 @@ def pack(run: Workload, machine: Machine) -> Cost:
 
 
 def on_disk(run: Workload, size: float) -> float:
-    """Bytes of trajectories or activations that stay on this machine's disk: none where an object store has them."""
+    """Bytes of trajectories or statistics on this machine's disk: none if they are in an object store."""
     return size if run.parameter("storage").url is None else 0
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------------
+def _capture_disk(run: Workload, expert: ExpertRun, machine: Machine, workers: int) -> float:
+    """Seconds for hidden states and sums, which the worker that makes a shard hashes, and for the statistics."""
+    kept, calls_per_shard = sizes.activations(run, expert).bytes, run.parameter("capture").calls_per_shard
+    shards = ceil(expert.calls("calibration") / calls_per_shard)
+    moved: float = (block_ranges(run, expert) - 1) * expert.all_calls * sizes.hidden_state(run, expert)
+    moved += expert.blocks * shards * sum(4 * site.K**2 for site in expert.sites)
+    return (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash
 
 
-def forward_flops(run: Workload, expert: ExpertRun) -> float:
-    """One block's forward of one call: the linears, self-attention, cross-attention."""
-    linears = sum(2 * site.weights * site.tokens for site in expert.sites)
-    text = run.parameter("sampling").max_sequence_length
-    return linears + 4 * run.tokens * (run.tokens + text) * expert.width
+def _capture_device(run: Workload, expert: ExpertRun, machine: Machine, calls: int) -> float:
+    """Bytes that capture holds where it computes, for a shard of some calls."""
+    chunk: int = run.parameter("capture").calls_per_chunk
+    block: float = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
+    statistics = sum(4 * site.K**2 for site in expert.sites) + 12 * SLAB * max(site.K for site in expert.sites)
+    copies = 0 if machine.device_bytes is None else COPIES * chunk * sizes.hidden_state(run, expert)
+    inputs = block_input_bytes(run, expert, calls)
+    return block + statistics + DIFFUSERS_BYTES + forward_bytes(run, expert, chunk) + inputs + copies
 
 
-def forward_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
-    """What one block's forward of some calls holds beside its weights."""
-    ffn = max(site.K for site in expert.sites)
-    each = expert.width * (4 * FORWARD_WIDTHS[0] + run.itemsize * FORWARD_WIDTHS[1]) + ffn * (
-        4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1]
-    )
-    return calls * run.tokens * each
-
-
-def moment_flops(run: Workload, expert: ExpertRun, site: SiteShape) -> float:
-    """Second moments of one site of one block; only the panels on and right of the diagonal."""
-    panels = ceil(site.K / PANEL)
-    return summed_tokens(run, expert, site) * 2 * site.K**2 * (panels + 1) / (2 * panels)
-
-
-def sketch_flops(rank: int, weights: float) -> float:
-    """A truncated SVD by sketching: products of a matrix of so many weights with thin ones."""
-    return 0.0 if rank == 0 else (2 + 2 * POWER_ITERATIONS) * 2 * weights * (rank + OVERSAMPLING)
-
-
-def fit_flops(rank: int, rows: float, columns: float, iterations: int) -> float:
-    """A branch in the norm of K x K moments: each iteration is two thin products with the weight and one with the moments."""
-    if rank == 0:
-        return 0.0
-    return 2 * (rank + OVERSAMPLING) * ((2 * iterations + 2) * rows * columns + (iterations + 2) * columns**2)
-
-
-def _worst(
-    run: Workload, expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]
-) -> float:
-    """Peak bytes over the sites, from how many copies of what are alive."""
-    weights, moments, tokens, outputs = copies
-    each: Iterable[float] = (
-        4 * (weights * site.weights + moments * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N))
+def _worst(expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:
+    """Peak bytes over the sites, from the multiples of weights, Hessians, tokens and outputs that exist at a time."""
+    weights, hessians, tokens, outputs = copies
+    return max(
+        4 * (weights * site.weights + hessians * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N))
         for site in expert.sites
     )
-    return max(each)
 
 
 def _factors(
     run: Workload, expert: ExpertRun, machine: Machine, stage: str, seconds: float, device: float, out: float
 ) -> Cost:
-    """A stage over independent blocks that reads weights and activations from disk."""
+    """A stage over independent blocks that reads weights and statistics from disk."""
     read = (2 * expert.weights + sizes.activations(run, expert).bytes) / machine.disk
     return _cost(f"{stage}@{expert.name}", seconds / machine.devices + read, device, machine, out)
 
@@ -244,7 +245,7 @@ def _factors(
 def _cost(
     stage: str, seconds: float, working: float, machine: Machine, out: float, scratch: float = 0.0, host: float = 0.0
 ) -> Cost:
-    """working: what the arithmetic holds, on the host where there is no device of its own. host: what stays there in any case."""
+    """working: bytes where the stage computes, which is the host if there is no device. host: bytes always there."""
     if machine.device_bytes is None:
         return Cost(stage, seconds, PROCESS_BYTES + working + host, 0, out, scratch)
     return Cost(stage, seconds, PROCESS_BYTES + STAGING_BYTES + host, CONTEXT_BYTES + working, out, scratch)

@@ -12,15 +12,25 @@ from rich.console import Console
 from stepquant import params as parameters
 from stepquant import profiles
 from stepquant.errors import UserError
+from stepquant.plan.find_model import find_model
 from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
 from stepquant.plan.table import assumptions, calibration_warnings, model_lines, plan_table, prompt_line, warnings
-from stepquant.plan.workload import Workload, find_model
+from stepquant.plan.workload import Workload
 
 RECORDED = Path("artifacts/model/manifest.json")
 
 
 def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
-    """Print what a run under params, or under a profile, would take on some machines. Raises UserError for an unknown name."""
+    """Print what a run would take.
+
+    Args:
+        params: The params file.
+        profile: A profile that replaces the file, or is applied on top of it if it has only some sections.
+        names: Machines (`rates.GPUS`, or cpu); without any, this one or the usual GPUs.
+
+    Raises:
+        UserError: A name is not known, or the parameters or the model cannot be read.
+    """
     if profile is None:
         return _print(params, names)
     ready = profiles.read_profiles()
@@ -33,10 +43,10 @@ def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
 
 
 def make_workload(params: Path) -> Workload:
-    """The run that a params file describes."""
+    """The work that a params file describes. Raises UserError if the file is wrong or the model is not known."""
     parameters.check(params)
 
-    @cache  # reading the file takes longer than all that follows
+    @cache  # reading the file takes longer than everything else
     def parameter(section: str, expert: str | None = None) -> Any:
         return parameters.section(params, section, expert)
 
@@ -45,7 +55,7 @@ def make_workload(params: Path) -> Workload:
 
 
 def machines(names: list[str], compute: Any) -> list[Machine]:
-    """The machines of some names; without any, this one if it has the device of the params, else the usual ones."""
+    """The machines with these names; without any, this one if `compute.device` is cpu, else the usual GPUs."""
     if not names:
         names = ["cpu"] if compute.device == "cpu" else list(USUAL)
     allowed = ["cpu", *GPUS]

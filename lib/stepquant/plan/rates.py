@@ -1,8 +1,8 @@
-"""Machines: how fast one computes, and how much it holds. Every figure says where it comes from.
+"""Machines: how fast one computes, and how much it holds. Every figure has its source.
 
-GPU peaks are the makers' public figures for dense matrix products; what a run gets of them is assumed (`GEMM_SHARE`,
-`COLUMN_SECONDS`), since no GPU has run this yet. The CPU's rates are measured, one thread, by benchmarks/real_layer.py and
-benchmarks/capture_cost.py on an AMD EPYC with AVX-512 (docs/scale.md).
+The GPU peaks are the vendors' figures for dense matrix products. The fraction of them that a run reaches is an
+assumption (`GEMM_SHARE`, `COLUMN_SECONDS`), because no GPU has run this yet. The rates of the CPU are measured, on one
+thread, by benchmarks/real_layer.py and benchmarks/capture_cost.py on an AMD EPYC with AVX-512 (docs/scale.md).
 """
 
 from dataclasses import dataclass, replace
@@ -10,24 +10,41 @@ from dataclasses import dataclass, replace
 GB = 1e9
 TERA = 1e12
 
-# Share of the peak that large products reach. With 0.5, one 81-frame video of 40 steps takes an H100 290 s; its makers
-# measured 328 s for the whole pipeline (README of Wan2.2).
+# Fraction of the peak that large products reach. With 0.5, one 81-frame video of 40 steps takes an H100 290 s; the
+# README of Wan2.2 reports 328 s for the whole pipeline.
 GEMM_SHARE = 0.5
 # One column of GPTQ on a GPU is a dozen small kernels, each about 5 microseconds to launch.
 COLUMN_SECONDS = 60e-6
-# What a pass of GPTQ does value by value goes over the weight some 50 times in float32, at 70 % of the memory's bandwidth.
+# The elementwise work of a pass of GPTQ reads or writes the weight some 50 times in float32, at 70 % of the memory's
+# bandwidth.
 PASS_BYTES, BANDWIDTH_SHARE = 200, 0.7
-# What a Python process with torch holds before it has read a tensor, diffusers' models on top of it (measured), and a CUDA context.
+# Copies between page-locked host memory and a GPU: PCIe 4.0 x16 carries 32 GB/s each way, and copies reach about 25.
+PCIE = 25 * GB
+# A Python process with torch before it has read a tensor, the models of diffusers on top of it (both measured), and a
+# CUDA context.
 PROCESS_BYTES, DIFFUSERS_BYTES, CONTEXT_BYTES = int(0.25 * GB), int(0.2 * GB), int(0.6 * GB)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """bf16, moments, fp32: operations a second that a device reaches in bfloat16 products, in those of second moments, in float32 ones.
+    """A machine, and the rates of each of its devices.
 
-    device_bytes: memory of one device, None where it is the host's. disk_bytes: what is free. column_seconds + column_per_row * N:
-    one column of GPTQ of a layer with N rows. per_weight: seconds, for each weight, of what a pass of GPTQ does value by value
-    (residual, rotation, scales). disk, hash: bytes a second of the scratch disk, and of SHA-256.
+    Attributes:
+        name: What `--machine` takes.
+        title: What the plan prints.
+        devices: GPUs, or 1 for the CPU.
+        device_bytes: Memory of one device; None if it is the host's.
+        host_bytes: Memory of the host.
+        disk_bytes: Free space.
+        bf16: Operations per second in bfloat16 products.
+        hessian: Operations per second in the products of a Hessian.
+        fp32: Operations per second in float32 products.
+        column_seconds: Seconds for one column of GPTQ of a layer with N rows: column_seconds + column_per_row * N.
+        column_per_row: See above.
+        per_weight: Seconds per weight for the elementwise work of a pass of GPTQ (residual, rotation, scales).
+        pcie: Bytes per second between host and device.
+        disk: Bytes per second of the scratch disk.
+        hash: Bytes per second of SHA-256.
     """
 
     name: str
@@ -37,22 +54,34 @@ class Machine:
     host_bytes: float
     disk_bytes: float
     bf16: float
-    moments: float
+    hessian: float
     fp32: float
     column_seconds: float
     column_per_row: float
     per_weight: float
-    disk: float = 3 * GB  # about half of what the makers of NVMe drives say
+    pcie: float = float("inf")
+    disk: float = 3 * GB  # about half of what vendors of NVMe drives state
     hash: float = 1.8 * GB  # measured, one core with SHA instructions
 
 
 def gpu(
     name: str, title: str, memory: float, tflops: tuple[float, float, float], bandwidth: float, host: float, disk: float
 ) -> Machine:
-    """A machine with one GPU. memory, host and disk in GB, bandwidth of the device's memory in GB/s; peaks in BF16, TF32 and FP32."""
+    """A machine with one GPU.
+
+    Args:
+        name: What `--machine` takes.
+        title: What the plan prints.
+        memory: Of the device, GB.
+        tflops: Peaks in BF16, TF32 and FP32. Hessians of bfloat16 activations are products in TF32.
+        bandwidth: Of the device's memory, GB/s.
+        host: Memory of the host, GB.
+        disk: Free space, GB.
+    """
     bf16, tf32, fp32 = (peak * GEMM_SHARE * TERA for peak in tflops)
     per_weight = PASS_BYTES / (bandwidth * GB * BANDWIDTH_SHARE)
-    return Machine(name, title, 1, memory * GB, host * GB, disk * GB, bf16, tf32, fp32, COLUMN_SECONDS, 0.0, per_weight)
+    sizes = memory * GB, host * GB, disk * GB
+    return Machine(name, title, 1, *sizes, bf16, tf32, fp32, COLUMN_SECONDS, 0.0, per_weight, PCIE)
 
 
 _H100 = gpu("h100", "1 x 80 GB (H100 SXM)", 80, (989, 494, 67), 3350, host=256, disk=2000)
@@ -67,25 +96,24 @@ GPUS = {
         ),
     )
 }
-# Which machines a plan shows if there is no GPU here and none was named.
+# The machines of a plan if there is no GPU here and none was named.
 USUAL = ("rtx4090", "h100", "8xh100")
 
 
 def cpu(threads: int, host: float, disk: float) -> Machine:
-    """This kind of CPU with some threads, each as fast as the one measured; host memory and free disk in bytes."""
-    bf16, moments, fp32 = (rate * threads for rate in (145e9, 95e9, 80e9))
+    """The measured kind of CPU with some threads; memory of the host and free disk space in bytes."""
     return Machine(
-        "cpu",
-        f"CPU, {threads} threads",
-        1,
-        None,
-        host,
-        disk,
-        bf16,
-        moments,
-        fp32,
-        20e-6,
-        8e-9 / threads,
-        0.12e-6 / threads,
+        name="cpu",
+        title=f"CPU, {threads} threads",
+        devices=1,
+        device_bytes=None,
+        host_bytes=host,
+        disk_bytes=disk,
+        bf16=145e9 * threads,
+        hessian=95e9 * threads,
+        fp32=80e9 * threads,
+        column_seconds=20e-6,
+        column_per_row=8e-9 / threads,
+        per_weight=0.12e-6 / threads,
         disk=1 * GB,
     )

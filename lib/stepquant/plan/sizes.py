@@ -1,6 +1,6 @@
-"""Bytes of every artifact, from shapes: exact for tensors and safetensors headers, close for the JSON beside them.
+"""Bytes of every artifact, from shapes: exact for tensors and safetensors headers, approximate for JSON.
 
-Videos are left out: how well frames compress depends on what is on them. So are model, metrics and report, which are small.
+Videos are left out, because their size depends on their content; so are model, metrics and report, which are small.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from stepquant.formats import get_format
-from stepquant.plan.workload import ExpertRun, SiteShape, Workload, chunks, rows_kept, runs
+from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, rows_kept
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 
-# Bytes of one zarr.json of an array and of a group, as zarr 3.1.6 writes them for ours.
+# Bytes of the zarr.json of an array and of a group of ours, as zarr 3.1.6 writes them.
 ARRAY_METADATA, GROUP_METADATA = 540, 290
-ERROR = 0.04644073173403740  # a float of usual length in a record
+ERROR = 0.04644073173403740  # a float of typical length in a record
 DIGEST = 64
 CODES = {
     torch.bfloat16: "BF16",
@@ -31,14 +31,14 @@ CODES = {
 
 @dataclass(frozen=True)
 class Size:
-    """bytes and files of one artifact."""
+    """Bytes and number of files of one artifact."""
 
     bytes: int
     files: int
 
 
 def artifact_sizes(run: Workload) -> dict[str, Size]:
-    """Every artifact by its path below artifacts/; a checkpoint is that of variant `full`."""
+    """Path below artifacts/ -> size. The checkpoint is that of variant `full`."""
     sizes = {"trajectories.zarr": trajectories(run)}
     for expert in run.experts:
         sizes |= {
@@ -58,7 +58,7 @@ def trajectories(run: Workload) -> Size:
     values = (steps * inputs.out_channels + condition) * frames * height * width
     values += branches * sampling.max_sequence_length * inputs.text_dim
     prompts = run.recorded_prompts
-    names = 24 * steps  # each step's expert stands in the attributes
+    names = 24 * steps  # the attributes name the expert of each step
     each = values * run.itemsize + 4 * steps + 4 * ARRAY_METADATA + GROUP_METADATA + names
     return Size(prompts * (each + DIGEST) + GROUP_METADATA, prompts * (steps + condition + branches + 6) + 1)
 
@@ -68,31 +68,37 @@ def activations(run: Workload, expert: ExpertRun) -> Size:
     block = 0
     for site in expert.sites:
         bins = len(expert.steps) if site.per_bin else 1
-        tensors = 4 * site.K * (site.K + 1 + 2 * bins) + rows_kept(run, expert, site) * site.K * run.itemsize
+        tensors = 4 * site.K * (site.K + 2 + 2 * bins) + rows_kept(run, expert, site) * site.K * run.itemsize
         block += tensors + 3 * ARRAY_METADATA + GROUP_METADATA
     return Size(expert.blocks * block, expert.blocks * len(expert.sites) * 7 + 2)
 
 
 def hidden_states(run: Workload, expert: ExpertRun) -> Size:
-    """Scratch of capture: what a run of blocks leaves for the next one, of two runs while one works; the last one leaves nothing."""
-    kept = min(2, runs(run, expert) - 1)
+    """Scratch of capture: the outputs of a block range, the input of the next one.
+
+    While a range is computed, its inputs exist as well. The last range has no outputs.
+    """
+    kept = min(2, block_ranges(run, expert) - 1)
     return Size(kept * expert.all_calls * hidden_state(run, expert), kept * chunks(run, expert))
 
 
 def hidden_state(run: Workload, expert: ExpertRun) -> int:
-    """Bytes that one call takes from block to block."""
+    """Bytes of one call's hidden states."""
     return run.tokens * expert.width * run.itemsize
 
 
 def shard_sums(run: Workload, expert: ExpertRun) -> Size:
-    """Scratch of capture: the sums of every shard with calibration calls, of two runs of blocks while one works; these prompts come first."""
+    """Scratch of capture: the sums of every shard with calibration calls, of two block ranges while one is computed.
+
+    The calls of calibration prompts come first, so they fill whole shards.
+    """
     blocks = min(expert.blocks, 2 * run.parameter("capture").blocks_per_shard)
     files = blocks * ceil(expert.calls("calibration") / run.parameter("capture").calls_per_shard)
     return Size(files * sum(4 * site.K**2 for site in expert.sites), files * len(expert.sites))
 
 
 def lowrank(run: Workload, expert: ExpertRun) -> Size:
-    """Per block: transform and branch of every site."""
+    """Per block: transform and low-rank branch of every site."""
     settings, rank = run.parameter("smooth", expert.name), run.parameter("lowrank", expert.name).rank
     candidates = len(settings.candidates) if settings.alpha == "search" else 1
     rotations = len(run.parameter("rotate", expert.name).hadamard_sizes)
@@ -111,7 +117,7 @@ def lowrank(run: Workload, expert: ExpertRun) -> Size:
 
 
 def residual(run: Workload, expert: ExpertRun) -> Size:
-    """Per block: codes, scales, refitted branch and offset of every site."""
+    """Per block: codes, scales, refitted low-rank branch and offset of every site."""
     formats, rank = run.parameter("format"), run.parameter("lowrank", expert.name).rank
     dampings = run.parameter("gptq", expert.name).dampings
     record = {
@@ -127,7 +133,7 @@ def residual(run: Workload, expert: ExpertRun) -> Size:
 
 
 def clip(run: Workload, expert: ExpertRun) -> Size:
-    """Per block: the clip of every site and bin. Mostly records."""
+    """Per block: the clip of every site and bin, mostly JSON."""
     settings = run.parameter("clip", expert.name)
     offsets = settings.exponent_offsets if run.parameter("format").activation == "mxfp4" else [0]
     candidates = [[ratio, offset] for ratio in settings.ratios for offset in offsets]
@@ -154,7 +160,7 @@ def checkpoint(run: Workload) -> Size:
 
 
 def packed_expert(run: Workload, expert: ExpertRun) -> Size:
-    """One quantized denoiser's folder, which is also what it takes in memory once loaded in BF16."""
+    """The folder of one quantized denoiser. Loaded in BF16 it takes as much memory."""
     formats = run.parameter("format")
     targets = {f"blocks.0.{path}": shape for site in expert.sites for path, shape in site.linears.items()}
     settings = QuantizationSettings(
@@ -170,30 +176,29 @@ def packed_expert(run: Workload, expert: ExpertRun) -> Size:
     tensors: Shapes = {}
     for target, shape in targets.items():
         tensors |= {f"{target}.{name}": value for name, value in linear_layout(settings, *shape).items()}
-    names = (
-        expert.blocks * (len(tensors) + len(targets) + 10) + 20
-    )  # biases, norms and modulation; what stands outside the blocks
+    # Per block also biases, norms and modulation; outside the blocks about 20 tensors.
+    names = expert.blocks * (len(tensors) + len(targets) + 10) + 20
     texts = names * 95 + expert.blocks * len(targets) * 50
     return Size(expert.blocks * safetensors_bytes(tensors) + expert.rest_bytes + texts, expert.blocks + 3)
 
 
 def safetensors_bytes(tensors: Shapes) -> int:
     """Size of a safetensors file without metadata."""
-    entries, offset = [], 0
-    for name, (shape, dtype) in sorted(
-        tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])
-    ):  # as safetensors lays them out
-        size = prod(shape) * dtype.itemsize
-        entries.append(
-            f'"{name}":{{"dtype":"{CODES[dtype]}","shape":[{",".join(map(str, shape))}],"data_offsets":[{offset},{offset + size}]}}'
-        )
-        offset += size
-    header = len(",".join(entries)) + 2
+    entries, offset = {}, 0
+    # safetensors orders the tensors by the size of their values, then by name.
+    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+        end = offset + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = len(json.dumps(entries, separators=(",", ":")))
     return 8 + -(-header // 8) * 8 + offset
 
 
 def _blocks(expert: ExpertRun, tensors: Any, record: Any) -> Size:
-    """Blocks of factors.safetensors and record.json, and the manifest. tensors, record: of a site; a record may be the same for all."""
+    """factors.safetensors and record.json per block, and the manifest.
+
+    tensors: site -> its shapes. record: site -> its record, or the record of every site.
+    """
     factors = {f"{site.name}.{key}": value for site in expert.sites for key, value in tensors(site).items()}
     records = {site.name: record(site) if callable(record) else record for site in expert.sites}
     each = safetensors_bytes(factors) + len(json.dumps(records, indent=2))

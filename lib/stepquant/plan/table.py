@@ -1,9 +1,10 @@
-"""A plan as text: a table per machine, what is too small and which parameter helps, and what was assumed."""
+"""A plan as text: a table per machine, warnings with the parameter that helps, and the assumptions."""
 
 from collections.abc import Iterator
 
 from rich.table import Table
 
+from stepquant.compute.advice import LESS_MEMORY
 from stepquant.plan import sizes
 from stepquant.plan.costs import stage_costs
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine
@@ -12,26 +13,13 @@ from stepquant.recipe.site_statistics import FEW_TOKENS
 
 SAMPLING = ("trajectories", "generate")
 
-# Which parameter makes a stage smaller. Weights of a whole expert have to fit where videos are sampled.
-SAMPLE_ELSEWHERE = (
-    "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
-)
-SMALLER = {
-    "trajectories": SAMPLE_ELSEWHERE,
-    "generate": SAMPLE_ELSEWHERE,
-    "capture": "lower capture.calls_per_chunk (device) or .calls_per_shard (host), then sampling.num_frames, .height or .width",
-    "lowrank": "lower capture.search_tokens",
-    "gptq": "no parameter helps: second moments of the widest site have to fit",
-    "clip": "lower capture.search_tokens",
-    "pack": "no parameter helps: one block has to fit",
-}
 LESS_DISK = (
     "lower capture.steps_per_bin or the numbers of prompts in trajectories: each replayed call leaves its hidden states"
 )
 
 
 def plan_table(run: Workload, machine: Machine) -> Table:
-    """A row per stage: time, peak memory, what it leaves on disk and what it needs there meanwhile."""
+    """A row per stage: time, peak memory, and bytes on disk of its out and of its scratch files."""
     table = Table(
         title=f"{machine.title}, {_size(machine.host_bytes)} of memory, {_size(machine.disk_bytes)} of disk",
         title_justify="left",
@@ -53,7 +41,7 @@ def plan_table(run: Workload, machine: Machine) -> Table:
 
 
 def warnings(run: Workload, machine: Machine) -> Iterator[str]:
-    """What this machine is too small for, and the parameter that helps."""
+    """The stages for which this machine is too small, and the parameter that helps."""
     costs = stage_costs(run, machine)
     for cost in costs:
         short = [
@@ -65,18 +53,19 @@ def warnings(run: Workload, machine: Machine) -> Iterator[str]:
             if there is not None and needed > there
         ]
         if short:
-            yield f"{cost.stage} needs {', '.join(short)}: {SMALLER[cost.stage.split('@')[0]]}"
+            yield f"{cost.stage} needs {', '.join(short)}: {LESS_MEMORY[cost.stage.split('@')[0]]}"
     disk = sum(cost.out for cost in costs) + max(cost.scratch for cost in costs)
     if disk > machine.disk_bytes:
         yield f"{_size(disk)} of disk are needed, {_size(machine.disk_bytes)} are there: {LESS_DISK}"
 
 
 def calibration_warnings(run: Workload) -> Iterator[str]:
-    """Bins without a step, and second moments on too few tokens."""
+    """Bins without a step, and Hessians of too few tokens."""
     for expert in run.experts:
         for b, steps in enumerate(expert.steps):
             if steps == 0:
-                yield f"bins.{expert.name}: no sampling step has t in bin {b}; name fewer or wider bins, or raise sampling.steps"
+                remedy = "set fewer or wider bins, or raise sampling.steps"
+                yield f"bins.{expert.name}: no sampling step has t in bin {b}; {remedy}"
         for site in expert.sites:
             tokens = summed_tokens(run, expert, site)
             if tokens < FEW_TOKENS * site.K:
@@ -85,7 +74,7 @@ def calibration_warnings(run: Workload) -> Iterator[str]:
 
 
 def model_lines(run: Workload) -> Iterator[str]:
-    """The model before and after, and the calls that are recorded."""
+    """The size of the model before and after, and the recorded calls."""
     for expert in run.experts:
         steps = "/".join(map(str, expert.steps))
         packed = sizes.packed_expert(run, expert).bytes
@@ -96,30 +85,34 @@ def model_lines(run: Workload) -> Iterator[str]:
     before = sum(expert.bf16_bytes for expert in run.experts)
     after = sum(sizes.packed_expert(run, expert).bytes for expert in run.experts)
     yield (
-        f"resident at inference, with {_size(run.other_bytes)} of other components: {_size(after + run.other_bytes)} packed, "
-        f"{_size(before + run.other_bytes)} in BF16; the experts alone {after / before:.0%}"
+        f"resident at inference, with {_size(run.other_bytes)} of other components: "
+        f"{_size(after + run.other_bytes)} packed, {_size(before + run.other_bytes)} in BF16; "
+        f"the experts alone {after / before:.0%}"
     )
 
 
 def prompt_line(run: Workload) -> str:
-    """How many prompts are counted on, and where that comes from."""
+    """The number of prompts, and its source."""
+    assumed = ", ".join(map(str, ASSUMED_PROMPTS.values()))
     counts = ", ".join(f"{count} {split}" for split, count in run.prompts.items())
-    return f"prompts: {counts} (from params, else from the manifests they name, else {', '.join(map(str, ASSUMED_PROMPTS.values()))})"
+    return f"prompts: {counts} (from the parameters, else from their manifests, else {assumed})"
 
 
 def assumptions(machine: Machine) -> str:
-    """What the times of a machine rest on."""
-    tera = f"{machine.bf16 / 1e12:.3g} bfloat16, {machine.moments / 1e12:.3g} second moments, {machine.fp32 / 1e12:.3g} float32"
-    source = "measured" if machine.device_bytes is None else f"{GEMM_SHARE:.0%} of the maker's peak"
-    devices = "" if machine.devices == 1 else f"; {machine.devices} devices share blocks and calls evenly"
+    """The rates behind the times of a machine."""
+    rates = {"bfloat16": machine.bf16, "Hessian": machine.hessian, "float32": machine.fp32}
+    tera = ", ".join(f"{rate / 1e12:.3g} {name}" for name, rate in rates.items())
+    source = "measured" if machine.device_bytes is None else f"{GEMM_SHARE:.0%} of the vendor's peak"
+    devices = "" if machine.devices == 1 else f"; {machine.devices} devices divide blocks and calls evenly"
+    pcie = "" if machine.device_bytes is None else f"PCIe {machine.pcie / GB:.0f} GB/s, "
     return (
         f"assumed: TFLOPS of a device {tera} ({source}); {machine.column_seconds * 1e6:.0f} us per column of GPTQ; "
-        f"disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.1f} GB/s{devices}"
+        f"{pcie}disk {machine.disk / GB:.0f} GB/s, SHA-256 {machine.hash / GB:.1f} GB/s{devices}"
     )
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1 h 02 min."""
+    """Seconds as text, such as 1 h 02 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -127,7 +120,7 @@ def duration(seconds: float) -> str:
 
 
 def _size(value: float) -> str:
-    """Bytes in decimal units; "-" for none."""
+    """Bytes in decimal units; "-" for none or very few."""
     for unit, size in (("GB", GB), ("MB", 1e6), ("kB", 1e3)):
         if value >= 0.1 * size:
             return f"{value / size:.1f} {unit}"

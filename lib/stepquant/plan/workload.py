@@ -1,4 +1,4 @@
-"""What would run: the model's shapes, the params, and how many calls of which size are recorded. Nothing is loaded."""
+"""The work of a run: the model's shapes, the parameters, and the number and size of the calls. Loads no weights."""
 
 import json
 from collections.abc import Callable
@@ -8,20 +8,11 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from stepquant.errors import UserError
 from stepquant.models.bins import expert_bins
-from stepquant.models.manifest import (
-    Compression,
-    DenoiserInputs,
-    ExpertManifest,
-    ModelManifest,
-    SiteManifest,
-    read_manifest,
-)
-from stepquant.models.sites import WAN_SITES
-from stepquant.models.source import COMPRESSION, EXPERT_FOLDERS, describe_experts
+from stepquant.models.manifest import DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
+from stepquant.params import Capture
 
-# Prompts per split where the params take all and the manifest of prompts isn't there to be counted.
+# Prompts per split if the parameters take all and the manifest of prompts is not there to be counted.
 ASSUMED_PROMPTS = {"calibration": 8, "validation": 2, "heldout": 4, "evaluation": 16}
 RECORDED = ("calibration", "validation", "heldout")  # splits whose trajectories are recorded and replayed
 LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
@@ -29,7 +20,14 @@ LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
 
 @dataclass(frozen=True)
 class SiteShape:
-    """One site of a block: linears by module path -> (N, K), and how many tokens a call brings."""
+    """One site of a block.
+
+    Attributes:
+        name: Name of the site.
+        linears: Module path -> (N, K).
+        per_bin: Whether its input depends on the timestep.
+        tokens: Tokens per call.
+    """
 
     name: str
     linears: dict[str, tuple[int, int]]
@@ -43,16 +41,30 @@ class SiteShape:
 
     @property
     def K(self) -> int:
+        """Input channels."""
         return next(iter(self.linears.values()))[1]
 
     @property
     def weights(self) -> int:
+        """Number of weights."""
         return self.N * self.K
 
 
 @dataclass(frozen=True)
 class ExpertRun:
-    """One expert: its sites, and its recorded calls. steps: per bin and prompt; branches: calls per step."""
+    """One expert and its recorded calls.
+
+    Attributes:
+        name: Name of the expert.
+        subfolder: Its folder in the pipeline.
+        blocks: Number of transformer blocks.
+        sites: The sites of a block.
+        bf16_bytes: Bytes of all its weights in BF16.
+        steps: Recorded steps per prompt, by bin.
+        branches: Calls per step: 2 with guidance, else 1.
+        prompts: Split -> number of prompts.
+        steps_per_bin: At most so many steps per prompt and bin are replayed; None for all.
+    """
 
     name: str
     subfolder: str
@@ -66,31 +78,39 @@ class ExpertRun:
 
     @property
     def weights(self) -> int:
-        """Weights of the quantized linears, all blocks."""
+        """Number of weights in the quantized linears of all blocks."""
         return self.blocks * sum(site.weights for site in self.sites)
 
     @property
     def rest_bytes(self) -> int:
-        """What stays unquantized, in BF16."""
+        """Bytes of what stays unquantized, in BF16."""
         return self.bf16_bytes - 2 * self.weights
 
     @property
     def width(self) -> int:
+        """Channels of the hidden states."""
         return self.sites[0].K
 
     def calls(self, split: str, b: int | None = None) -> int:
-        """Replayed calls of a split, in one bin or in all."""
+        """Replayed calls of a split, in bin b or in all bins."""
         replayed = [steps if self.steps_per_bin is None else min(steps, self.steps_per_bin) for steps in self.steps]
         return self.prompts[split] * self.branches * (sum(replayed) if b is None else replayed[b])
 
     @property
     def all_calls(self) -> int:
+        """Replayed calls of all splits."""
         return sum(map(self.calls, RECORDED))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model under some params. parameter(section, expert) gives a validated section; other_bytes: the pipeline's other components."""
+    """A model under some parameters.
+
+    Attributes:
+        manifest: The model.
+        other_bytes: Bytes of the pipeline's other components.
+        parameter: (section, expert=None) -> the validated section.
+    """
 
     manifest: ModelManifest
     other_bytes: int
@@ -98,7 +118,7 @@ class Workload:
 
     @cached_property
     def prompts(self) -> dict[str, int]:
-        """Prompts per split: as the params say, as the manifest of prompts has, or as assumed."""
+        """Prompts per split: from the parameters, else from the manifest of prompts, else assumed."""
         trajectories, generate = self.parameter("trajectories"), self.parameter("generate")
         recorded = {
             split: _count(getattr(trajectories, f"{split}_prompts"), Path(trajectories.manifest), split)
@@ -108,12 +128,12 @@ class Workload:
 
     @property
     def recorded_prompts(self) -> int:
-        """Prompts that trajectories are recorded of."""
+        """Prompts whose trajectories are recorded."""
         return sum(self.prompts[split] for split in RECORDED)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value in the dtype of the arithmetic."""
+        """Bytes of a value in `compute.dtype`."""
         return 4 if self.parameter("compute").dtype == "float32" else 2
 
     @cached_property
@@ -125,7 +145,7 @@ class Workload:
 
     @property
     def inputs(self) -> DenoiserInputs:
-        """Channels, text width and patch of the denoiser's inputs; both experts have the same."""
+        """Channels, text width and patch size of the denoiser's inputs; both experts have the same."""
         return next(iter(self.manifest.experts.values())).inputs
 
     @property
@@ -135,6 +155,7 @@ class Workload:
 
     @cached_property
     def experts(self) -> list[ExpertRun]:
+        """The experts in the order of the manifest."""
         return [self._expert(name, described) for name, described in self.manifest.experts.items()]
 
     def _expert(self, name: str, described: ExpertManifest) -> ExpertRun:
@@ -166,38 +187,9 @@ class Workload:
 
 
 def timesteps(steps: int, shift: float) -> list[float]:
-    """t of each sampling step, noisiest first, under a flow shift."""
+    """t of each sampling step under a flow shift, from high to low noise."""
     sigmas = (1 - i / steps * (1 - LAST_SIGMA) for i in range(steps))
     return [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
-
-
-def find_model(source: str, revision: str | None, recorded: Path) -> tuple[ModelManifest, int]:
-    """Experts and shapes of a source model, and the bytes of its other components, without loading or downloading anything.
-
-    recorded: the manifest that stage model wrote, taken if it is of this source. Else a local folder's headers are read, or the
-    shapes are known. Raises UserError if there is none of these.
-    """
-    folder = Path(source)
-    if (folder / "model_index.json").is_file():
-        found = describe_experts(folder, source, revision)
-    elif source in KNOWN:
-        found = KNOWN[source]
-    elif recorded.is_file() and read_manifest(recorded).source == source:
-        found = read_manifest(recorded)
-    else:
-        raise UserError(
-            f"model.source: {source} is neither a local folder nor known here; run `stepquant model`, which downloads and describes it"
-        )
-    return found, OTHER_BYTES.get(source, 0) or _other_bytes(folder, found)
-
-
-def _other_bytes(folder: Path, manifest: ModelManifest) -> int:
-    """Bytes of a local pipeline's components other than the experts."""
-    experts = {described.subfolder for described in manifest.experts.values()}
-    files = (
-        path for path in folder.glob("*/**/*") if path.is_file() and path.relative_to(folder).parts[0] not in experts
-    )
-    return sum(path.stat().st_size for path in files)
 
 
 def _count(wanted: int | None, manifest: Path, split: str) -> int:
@@ -209,46 +201,8 @@ def _count(wanted: int | None, manifest: Path, split: str) -> int:
     return sum(row.get("split") == split for row in rows)
 
 
-def wan_expert(
-    subfolder: str, t_range: tuple[float, float], *, blocks: int, width: int, ffn: int, text_dim: int, bf16_bytes: int
-) -> ExpertManifest:
-    """One expert of a WanTransformer3DModel as the model manifest describes it."""
-    shapes = {"ffn.net.0.proj": (ffn, width), "ffn.net.2": (width, ffn)}
-    sites = {
-        site.name: SiteManifest(
-            depends_on_timestep=site.depends_on_timestep,
-            linears={path: shapes.get(path, (width, width)) for path in site.linears},
-        )
-        for site in WAN_SITES
-    }
-    inputs = DenoiserInputs(in_channels=36, out_channels=16, patch_size=(1, 2, 2), text_dim=text_dim)
-    return ExpertManifest(
-        subfolder=subfolder, t_range=t_range, blocks=blocks, sites=sites, inputs=inputs, bf16_bytes=bf16_bytes
-    )
-
-
-# 14,288,901,184 parameters an expert (the files of the hub agree); text encoder 11.36 GB in BF16, VAE 0.51 GB in float32.
-_A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
-_A14B_EXPERT = {"blocks": 40, "width": 5120, "ffn": 13824, "text_dim": 4096, "bf16_bytes": 2 * 14_288_901_184}
-_A14B_RANGES = {"high_noise": (900.0, 1000.0), "low_noise": (0.0, 900.0)}
-KNOWN = {
-    _A14B: ModelManifest(
-        source=_A14B,
-        revision=None,
-        pipeline="WanImageToVideoPipeline",
-        num_train_timesteps=1000,
-        compression=Compression.model_validate(COMPRESSION),
-        experts={
-            name: wan_expert(subfolder, _A14B_RANGES[name], **_A14B_EXPERT)
-            for name, subfolder in EXPERT_FOLDERS.items()
-        },
-    )
-}
-OTHER_BYTES = {_A14B: 11_870_000_000}
-
-
 def rows_kept(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
-    """Sampled tokens of a site, all splits, all bins."""
+    """Sampled tokens of a site, all splits and bins."""
     heldout = _sampled(expert, site, "heldout", run.parameter("capture").heldout_tokens)
     return search_rows(run, expert, site) + validation_rows(run, expert, site) + heldout
 
@@ -269,18 +223,21 @@ def _sampled(expert: ExpertRun, site: SiteShape, split: str, wanted: int) -> int
     return sum(min(wanted, expert.calls(split, b) * site.tokens) for b in range(len(expert.steps)))
 
 
-def runs(run: Workload, expert: ExpertRun) -> int:
-    """Runs of blocks that capture cuts an expert into."""
-    return ceil(expert.blocks / run.parameter("capture").blocks_per_shard)
+def block_ranges(run: Workload, expert: ExpertRun) -> int:
+    """Block ranges into which capture divides an expert."""
+    settings: Capture = run.parameter("capture")
+    return ceil(expert.blocks / settings.blocks_per_shard)
 
 
 def summed_tokens(run: Workload, expert: ExpertRun, site: SiteShape) -> float:
-    """Calibration tokens of a site that go into its second moments."""
+    """Calibration tokens of a site that enter its Hessian."""
     if not site.per_bin:
         return expert.prompts["calibration"] * expert.branches * site.tokens
-    return expert.calls("calibration") * site.tokens / run.parameter("capture").hessian_stride
+    settings: Capture = run.parameter("capture")
+    return expert.calls("calibration") * site.tokens / settings.hessian_stride
 
 
 def chunks(run: Workload, expert: ExpertRun) -> int:
-    """Files of hidden states that one run of blocks leaves for the next."""
-    return ceil(expert.all_calls / run.parameter("capture").calls_per_chunk)
+    """Files of hidden states that one block range leaves for the next."""
+    settings: Capture = run.parameter("capture")
+    return ceil(expert.all_calls / settings.calls_per_chunk)

@@ -1,4 +1,4 @@
-"""Ready-made params files. A profile with all sections is a whole params.yaml; one with some is laid over another."""
+"""Ready-made params files. A profile with all sections is a whole params.yaml; a partial one is applied on top."""
 
 import re
 from importlib.resources import files
@@ -14,10 +14,19 @@ def read_profiles() -> dict[str, str]:
 
 
 def overlay(current: str | None, profile: str) -> str:
-    """`current` with the profile's sections in place of its own; the profile alone if it is whole.
+    """Apply a profile on top of a params file.
 
-    Works on text, section by section, so that comments survive. Raises UserError if a partial profile has nothing to
-    lie on.
+    Works on the text, section by section, so that comments are kept.
+
+    Args:
+        current: The text of the params file, or None if there is none.
+        profile: The text of the profile.
+
+    Returns:
+        The profile if it is whole; else `current` with the sections of the profile instead of its own.
+
+    Raises:
+        UserError: The profile is partial, and there is no params file.
     """
     sections = _sections(profile)
     if "model" in sections:
@@ -28,14 +37,14 @@ def overlay(current: str | None, profile: str) -> str:
 
 
 def written_by_profiles(ready: dict[str, str]) -> set[str]:
-    """Every text that profiles alone can produce."""
+    """Every text that profiles can produce without changes by the user."""
     whole = {text for text in ready.values() if "model" in _sections(text)}
     partial = set(ready.values()) - whole
     return whole | {overlay(base, recipe) for base in whole for recipe in partial}
 
 
 def _sections(text: str) -> dict[str, str]:
-    """Top-level sections of a params file by name, "" for what stands before the first; a section ends with its blank line."""
+    """Section name -> text of a params file, up to the next section; "" is the text before the first one."""
     parts = re.split(r"(?m)^(?=[a-z])", text)
     named = {part.split(":", 1)[0]: part for part in parts[1:]}
     return {"": parts[0]} | named

@@ -1,18 +1,19 @@
-"""Statistics of a site's input: what smoothing, the branch, GPTQ and the clip are computed from.
+"""Statistics of a site's input per timestep bin, from which smoothing, low-rank branch, GPTQ and clip are computed.
 
-Of one site with B timestep bins and K channels, from the calibration prompts unless stated otherwise:
+Tensors of one site (B bins, K channels). Held-out prompts contribute to `heldout.<bin>` only:
 
-    shift             [K]       the channel means of the first call; the Hessian is taken about this point, because
-                                channels that hardly leave their mean would lose precision in float32 squares
-    hessian           [K, K]    Hessian (second moments): mean over bins of the bin's mean (x - shift)(x - shift)^T;
-                                each bin has the same weight, however many sampler steps it contains
+    shift             [K]       the point about which the Hessian is summed: channel means of the first calibration call
+    hessian           [K, K]    H = mean over bins of each bin's mean (x - shift)(x - shift)ᵀ; every bin has the same
+                                weight, however many steps it has. Centering keeps float32 accurate for channels whose
+                                mean is large compared with their spread
+    hessian_diagonal  [K]       diagonal of H, stored on its own because H is large
     absmax            [B, K]    largest |x| per channel
     mean              [B, K]    mean of x per channel
-    search.<bin>      [S, K]    a seeded sample of tokens, without replacement
-    validation.<bin>  [S, K]    the same from the validation prompts, on which choices are made
-    heldout.<bin>     [S, K]    the same from the held-out prompts, on which errors are reported
+    search.<bin>      [S, K]    a seeded sample of calibration tokens, without replacement
+    validation.<bin>  [S, K]    the same from the validation prompts, which are used only to choose between candidates
+    heldout.<bin>     [S, K]    the same from the held-out prompts
 
-No other tensor is computed from validation or held-out prompts. calibration/statistics_files.py stores the statistics.
+calibration/statistics_files.py stores them.
 """
 
 from collections.abc import Callable
@@ -20,28 +21,26 @@ from collections.abc import Callable
 import torch
 
 SAMPLES = ("search", "validation", "heldout")
-FEW_TOKENS = 4  # per column: with fewer, stage gptq warns about its Hessian (docs/calibration.md)
+FEW_TOKENS = 4  # tokens per column below which a stage warns about its Hessian (docs/calibration.md)
 
 
 class SiteStatistics:
-    """One site's statistics; shapes in the header of this file.
+    """One site's statistics; the header lists the tensors and their shapes.
 
-    A tensor is loaded on each access and not kept: at 13,824 channels Hessian and samples take 1.4 GB, and no stage
-    needs all of them.
+    A tensor is loaded on each access and not cached: at 13,824 channels the Hessian and the samples are 1.2 GB, and no
+    stage needs all of it.
+
+    Args:
+        load: returns the tensor of a name listed in the header, float32.
+        bins: number of timestep bins B of the site.
     """
 
     def __init__(self, load: Callable[[str], torch.Tensor], bins: int):
-        """Statistics that are loaded on demand.
-
-        Args:
-            load: Gives a tensor, float32, by the name it has in the header.
-            bins: Number of timestep bins; 1 for a site that does not depend on t.
-        """
         self.load, self.bins = load, bins
 
     @property
     def shift(self) -> torch.Tensor:
-        """[K], the point about which `hessian` is taken."""
+        """[K]."""
         return self.load("shift")
 
     @property
@@ -51,37 +50,57 @@ class SiteStatistics:
 
     @property
     def absmax(self) -> torch.Tensor:
-        """[bins, K]."""
+        """[B, K]."""
         return self.load("absmax")
 
     @property
     def mean(self) -> torch.Tensor:
-        """[bins, K]."""
+        """[B, K]."""
         return self.load("mean")
 
     @property
     def search(self) -> list[torch.Tensor]:
-        """Search tokens [S, K] of each bin."""
-        return [self.load(f"search.{b}") for b in range(self.bins)]
+        """Calibration samples [S, K], one tensor per bin."""
+        return self._samples("search")
 
     @property
     def validation(self) -> list[torch.Tensor]:
-        """Validation tokens [S, K] of each bin."""
-        return [self.load(f"validation.{b}") for b in range(self.bins)]
+        """Validation samples [S, K], one tensor per bin."""
+        return self._samples("validation")
 
     @property
     def heldout(self) -> list[torch.Tensor]:
-        """Held-out tokens [S, K] of each bin."""
-        return [self.load(f"heldout.{b}") for b in range(self.bins)]
+        """Held-out samples [S, K], one tensor per bin."""
+        return self._samples("heldout")
 
     def hessian_about(self, point: torch.Tensor) -> torch.Tensor:
-        """Mean of (x - point)(x - point)^T with the same weight for each bin, float32 [K, K]; point is [K]."""
-        shift = self.shift
-        move, average = point.float() - shift, self.mean.mean(0) - shift
+        """The Hessian about another point than `shift`.
+
+        Args:
+            point: [K]; zeros give the Hessian of x itself.
+
+        Returns:
+            Mean over bins of each bin's mean (x - point)(x - point)ᵀ, float32 [K, K].
+        """
+        move, average = self._move(point)
         return self.hessian.addr(average - move, move, alpha=-1).addr_(move, average, alpha=-1)
 
     def variance_about(self, point: torch.Tensor) -> torch.Tensor:
-        """The diagonal of `hessian_about`, [K]; rounding may leave it just below zero."""
+        """The diagonal of `hessian_about`, without loading the Hessian.
+
+        Args:
+            point: [K].
+
+        Returns:
+            float32 [K]; rounding can make a value slightly negative.
+        """
+        move, average = self._move(point)
+        return self.load("hessian_diagonal") - 2 * average * move + move.square()
+
+    def _move(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The point and the mean over bins, both relative to the shift."""
         shift = self.shift
-        move, average = point.float() - shift, self.mean.mean(0) - shift
-        return self.hessian.diagonal() - 2 * average * move + move.square()
+        return point.float() - shift, self.mean.mean(0) - shift
+
+    def _samples(self, kind: str) -> list[torch.Tensor]:
+        return [self.load(f"{kind}.{b}") for b in range(self.bins)]

@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML page, and its figures once more as SVG files.
+"""The report: one self-contained HTML page, with its figures as separate SVG files too.
 
-The page carries its pictures inside and refers to nothing outside, so it opens offline, mails well and stays readable.
-The same input gives the same bytes. What the page says stands in page.html.j2, what it shows is gathered here.
+The page contains its pictures and refers to nothing else, so it can be opened offline and sent by mail. The same input
+gives the same bytes. page.html.j2 has the text of the page, and contents.py gathers what it shows.
 """
 
 import base64
@@ -21,14 +21,21 @@ from stepquant.evaluate.video import encode_gif, fit_width
 from stepquant.recipe.variants import DESCRIPTIONS
 from stepquant.report import plots
 from stepquant.report.tables import experts, layer_tables, summary_table
-from stepquant.storage.atomic import finished_or_absent
+from stepquant.storage.atomic import write_text
 
-GALLERY_WIDTH = 240  # pixels; larger videos are reduced to it, smaller ones are enlarged by the browser
+GALLERY_WIDTH = 240  # pixels; larger videos are reduced to it, and the browser enlarges smaller ones
 
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One prompt: the input image (uint8 [H, W, 3]) and what each variant made of it ({variant: uint8 [F, H, W, 3]})."""
+    """One prompt in the gallery.
+
+    Attributes:
+        sample: The id of the prompt.
+        prompt: Its text.
+        image: The input image, uint8 [H, W, 3].
+        videos: Variant -> its video, uint8 [F, H, W, 3].
+    """
 
     sample: str
     prompt: str
@@ -36,48 +43,65 @@ class GalleryRow:
     videos: Mapping[str, np.ndarray]
 
 
-def write_report(
-    out_dir: Path,
-    records: Sequence[Record],
-    gallery: Sequence[GalleryRow],
-    fps: int,
-    title: str,
-    model: str,
-    params: Mapping[str, Any],
-    clips: Sequence[plots.ClipRatio],
-) -> Path:
-    """Writes out_dir/index.html and out_dir/plots/*.svg and returns the path of the page.
+@dataclass(frozen=True)
+class ReportContents:
+    """Everything that the page shows.
 
-    records: one per variant, in the order to show them. gallery: the prompts to show, with a video of every variant, at
-    fps frames per second. model: the source model as the user named it. params: what the run was made with, shown as
-    given; sections may nest. clips: what the clip search chose, empty if nothing was clipped.
-    Raises UserError if there is no record, a variant comes twice, or a gallery row has not exactly the records' variants.
+    Attributes:
+        title: The title of the page.
+        model: The source model as the user named it.
+        records: One per variant, in the order to show them.
+        gallery: The prompts to show, each with a video of every variant.
+        fps: Frames per second of the videos.
+        clips: What the clipping search chose; empty if nothing was clipped.
+        params: The parameters of the run, shown as given. Sections may nest.
     """
+
+    title: str
+    model: str
+    records: Sequence[Record]
+    gallery: Sequence[GalleryRow]
+    fps: int
+    clips: Sequence[plots.ClipRatio]
+    params: Mapping[str, Any]
+
+
+def write_report(out_dir: Path, contents: ReportContents) -> Path:
+    """Write the page out_dir/index.html, and its figures once more as out_dir/plots/*.svg.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: There is no record, two records have the same variant, or a gallery row has videos of other variants
+            than the records.
+    """
+    records = contents.records
     variants = [record.variant for record in records]
-    _check(variants, gallery)
-    figures = draw_figures(records, clips)
+    _check(variants, contents.gallery)
+    figures = draw_figures(records, contents.clips)
     for name, svg in figures.items():
-        _write(out_dir / "plots" / f"{name}.svg", svg)
+        write_text(out_dir / "plots" / f"{name}.svg", svg)
     page = _template().render(
-        title=title,
-        model=model,
+        title=contents.title,
+        model=contents.model,
         explained=DESCRIPTIONS,
         gallery_width=GALLERY_WIDTH,
         summary=summary_table(records),
         count=records[0].videos.count,
         variants=variants,
-        gallery=[_pictures(row, variants, fps) for row in gallery],
+        gallery=[_pictures(row, variants, contents.fps) for row in contents.gallery],
         figures={name: _data_uri("image/svg+xml", svg.encode()) for name, svg in figures.items()},
         layers={expert: layer_tables(records, expert) for expert in experts(records)},
-        params=dict(_flat(params)),
+        params=dict(_flat(contents.params)),
     )
-    _write(out_dir / "index.html", page)
+    write_text(out_dir / "index.html", page)
     return out_dir / "index.html"
 
 
 def draw_figures(records: Sequence[Record], clips: Sequence[plots.ClipRatio]) -> dict[str, str]:
-    """Every figure that there is something to show in, as {name: SVG}."""
-    figures = {}
+    """Every figure that is not empty: name -> SVG text."""
+    figures: dict[str, str] = {}
     if any(record.videos.psnr for record in records):
         figures |= {"psnr_by_variant": plots.psnr_by_variant(records), "psnr_by_frame": plots.psnr_by_frame(records)}
     if experts(records):
@@ -136,8 +160,3 @@ def _template() -> Template:
 
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _write(path: Path, text: str) -> None:
-    with finished_or_absent(path) as partial:
-        partial.write_text(text, encoding="utf-8")

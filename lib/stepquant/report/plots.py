@@ -1,18 +1,20 @@
 """The report's figures, one per question, as SVG text.
 
-The same input gives the same bytes: ids come from a fixed salt and no date is written. Text stays text, so that it
-can be selected, searched and read aloud. Colours are Okabe and Ito's, which the colour-blind can tell apart; a marker
-per variant says it once more.
+The same input gives the same bytes: ids come from a fixed salt, and no date is written. Text is stored as text, so that
+it can be selected, searched and read aloud. The colors are those of Okabe and Ito, which color-blind readers can
+distinguish; every variant has its own marker as well.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stepquant.evaluate.metrics_file import Record
 from stepquant.report.tables import experts
@@ -21,7 +23,10 @@ STYLE = {
     "svg.hashsalt": "stepquant",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # matplotlib ships the first, so every machine lays out alike
+    "font.sans-serif": [
+        "DejaVu Sans",
+        "Verdana",
+    ],  # matplotlib includes the first, so every machine has the same layout
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,16 +35,21 @@ STYLE = {
     "grid.color": "#e4e7eb",
     "legend.frameon": False,
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 WIDTH = 6.6  # inches
 
 
 @dataclass(frozen=True)
 class ClipRatio:
-    """The clip that the search chose for one site of one block in one bin; bin is None if the site has one for all t.
+    """The result of the clipping search for one site of one block in one bin.
 
-    ratio is the whole factor on the dynamic activation scale: for mxfp4 it includes 2^exponent_offset.
+    Attributes:
+        expert: Name of the expert.
+        block: Index of the transformer block.
+        site: Name of the site.
+        bin: Index of the timestep bin; None if one clip serves all t.
+        ratio: The factor on the dynamic activation scale; for mxfp4 it includes 2^exponent_offset.
     """
 
     expert: str
@@ -51,7 +61,7 @@ class ClipRatio:
 
 @mpl.rc_context(STYLE)
 def error_by_bin(records: Sequence[Record]) -> str:
-    """Where along the denoising trajectory is the error? A panel per expert, a line per variant, bin 0 the noisiest."""
+    """Layer error along the denoising trajectory: a panel per expert, a line per variant; bin 0 is the noisiest."""
     figure, panels = _panels(experts(records), height=3.4)
     looks = _looks(records)
     for expert, axes in panels.items():
@@ -59,13 +69,13 @@ def error_by_bin(records: Sequence[Record]) -> str:
             errors = [np.nan if error is None else error for error in record.layers[expert].bins]
             axes.plot(range(len(errors)), errors, label=record.variant, markersize=5, **looks[record.variant])
         axes.set(title=expert, xlabel="timestep bin (0 is the noisiest)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(_integers())
     return _finish(figure, panels, "relative layer error")
 
 
 @mpl.rc_context(STYLE)
 def error_by_site(records: Sequence[Record]) -> str:
-    """Which layers suffer most? A panel per expert, a row per site, a mark per variant."""
+    """Layer error by site: a panel per expert, a row per site, a marker per variant."""
     figure, panels = _panels(experts(records), height=3.8)
     looks = _looks(records)
     sites = sorted({site for record in records for layers in record.layers.values() for site in layers.sites})
@@ -83,40 +93,40 @@ def error_by_site(records: Sequence[Record]) -> str:
 
 @mpl.rc_context(STYLE)
 def psnr_by_variant(records: Sequence[Record]) -> str:
-    """How close are the videos to BF16's? A mark per variant with its bootstrap interval, a faint dot per video."""
+    """Distance of the videos to BF16: a marker per variant with its bootstrap interval, a faint dot per video."""
     figure = Figure(figsize=(WIDTH, 0.9 + 0.4 * len(records)), layout="constrained")
     axes = figure.subplots()
     looks = _looks(records)
-    compared = [record for record in records if record.videos.psnr]
-    for row, record in enumerate(compared):
-        estimate, colour = record.videos.psnr, looks[record.variant]["color"]
-        values = [video.psnr for video in record.videos.per_video.values()]
-        axes.plot(values, [row] * len(values), ".", color=colour, alpha=0.3)
-        axes.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+    compared = [(record, record.videos.psnr) for record in records if record.videos.psnr]
+    for row, (record, estimate) in enumerate(compared):
+        color = looks[record.variant]["color"]
+        values = [video.psnr for video in record.videos.per_video.values() if video.psnr is not None]
+        axes.plot(values, [row] * len(values), ".", color=color, alpha=0.3)
+        axes.plot([estimate.low, estimate.high], [row, row], color=color, linewidth=2.5, solid_capstyle="butt")
         axes.plot(estimate.mean, row, markersize=7, **looks[record.variant])
     axes.set(xlabel="PSNR against the BF16 video, dB", ylim=(len(compared) - 0.5, -0.5))
-    axes.set_yticks(range(len(compared)), [record.variant for record in compared])
+    axes.set_yticks(range(len(compared)), [record.variant for record, _ in compared])
     return _svg(figure)
 
 
 @mpl.rc_context(STYLE)
 def psnr_by_frame(records: Sequence[Record]) -> str:
-    """Does the distance to BF16 grow along the video? The mean PSNR of every frame, a line per variant."""
+    """Distance to BF16 along the video: the mean PSNR of every frame, a line per variant."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
     looks = _looks(records)
     for record in (record for record in records if record.videos.psnr):
-        frames = np.mean([video.psnr_frames for video in record.videos.per_video.values()], axis=0)
+        frames = np.mean([video.psnr_frames or [] for video in record.videos.per_video.values()], axis=0)
         axes.plot(range(len(frames)), frames, label=record.variant, markersize=4, **looks[record.variant])
     axes.set(xlabel="frame", ylabel="PSNR against the BF16 video, dB")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(_integers())
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 
 @mpl.rc_context(STYLE)
 def clip_table(ratios: Sequence[ClipRatio]) -> str:
-    """Which clip did the search choose where? A panel per expert, sites by bins, the mean ratio over the blocks."""
+    """Results of the clipping search: a panel per expert, sites by bins, the mean ratio over the blocks."""
     names = sorted({ratio.expert for ratio in ratios})
     figure, panels = _panels(names, height=3.6)
     sites = sorted({ratio.site for ratio in ratios})
@@ -135,7 +145,7 @@ def clip_table(ratios: Sequence[ClipRatio]) -> str:
 
 
 def _ratio_table(ratios: Sequence[ClipRatio], sites: Sequence[str]) -> np.ndarray:
-    """Mean ratio over blocks, [sites, bins], NaN where there is none; a site with one clip repeats it in every bin."""
+    """Mean ratio over blocks, [sites, bins], NaN where there is none. A site with one clip has it in every bin."""
     bins = 1 + max((ratio.bin for ratio in ratios if ratio.bin is not None), default=0)
     table = np.full((len(sites), bins), np.nan)
     for (row, column), _ in np.ndenumerate(table):
@@ -145,15 +155,20 @@ def _ratio_table(ratios: Sequence[ClipRatio], sites: Sequence[str]) -> np.ndarra
     return table
 
 
+def _integers() -> MaxNLocator:
+    """Ticks at whole numbers, with the steps of matplotlib's default."""
+    return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+
+
 def _quantized(records: Sequence[Record], expert: str) -> list[Record]:
     return [record for record in records if expert in record.layers]
 
 
-def _looks(records: Sequence[Record]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each quantized variant, the same in every figure."""
+def _looks(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Color and marker of each quantized variant, the same in every figure."""
     variants = [record.variant for record in records if record.format]
     return {
-        variant: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        variant: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, variant in enumerate(variants)
     }
 

@@ -1,10 +1,11 @@
-"""Tables over variants as plain cells, shown alike in the terminal (rich) and in the report (HTML).
+"""Tables over variants as plain cells, for the terminal (rich) and the report (HTML).
 
-The first cell of a row is its head. A cell's note (an interval, a difference) is shown where there is room: in HTML.
+The first cell of a row is its head. The note of a cell (an interval, a difference) is shown only in HTML.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -17,7 +18,7 @@ NONE = "–"  # no value by definition, such as the PSNR of BF16 against itself
 
 @dataclass(frozen=True)
 class Cell:
-    """text is the value, note what qualifies it; best marks the best of the variants with 4-bit activations."""
+    """A value as text, a note about it, and whether it is the best among the variants with 4-bit activations."""
 
     text: str
     note: str = ""
@@ -26,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a head per column, and rows of as many cells."""
+    """A title, a head per column, and rows with one cell per column."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,8 +36,14 @@ class Table:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the summary: how a record is shown, its score (the higher the better; None does not compete), and
-    whether it belongs into the brief table."""
+    """A column of the summary.
+
+    Attributes:
+        head: The head of the column.
+        show: Record -> cell.
+        score: Record -> score; the highest is the best, and None does not compete.
+        brief: Whether the column is in the brief table.
+    """
 
     head: str
     show: Callable[[Record], Cell]
@@ -45,17 +52,17 @@ class _Column:
 
 
 def summary_table(records: Sequence[Record]) -> Table:
-    """One row per variant: formats, size, fidelity to BF16, behaviour in time, layer error per expert."""
+    """One row per variant: formats, size, fidelity to BF16, temporal metrics, layer error per expert."""
     return _summary(records, _columns(records))
 
 
 def brief_table(records: Sequence[Record]) -> Table:
-    """The columns of the summary that fit a terminal of 80 characters (with two experts)."""
+    """The columns of the summary that fit a terminal of 80 characters with two experts."""
     return _summary(records, [column for column in _columns(records) if column.brief])
 
 
 def layer_tables(records: Sequence[Record], expert: str) -> list[Table]:
-    """Layer errors of one expert: a table by site, one by timestep bin, one by block; a column per quantized variant."""
+    """Layer errors of one expert by site, by timestep bin and by block; a column per quantized variant."""
     of_expert = [record for record in records if expert in record.layers]
     return [
         _layer_table("Site", of_expert, lambda record: record.layers[expert].sites),
@@ -65,12 +72,12 @@ def layer_tables(records: Sequence[Record], expert: str) -> list[Table]:
 
 
 def experts(records: Sequence[Record]) -> list[str]:
-    """Every expert that some record has layers of, sorted (`high_noise` before `low_noise`)."""
+    """Every expert with layer errors in some record, sorted."""
     return sorted({expert for record in records for expert in record.layers})
 
 
 def rich_table(table: Table) -> RichTable:
-    """The table for a terminal: best values bold, notes left out."""
+    """The table for a terminal: best values in bold, without notes."""
     shown = RichTable(title=table.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, head in enumerate(table.columns):
         shown.add_column(head, justify="right" if i else "left", no_wrap=not i, vertical="bottom")
@@ -80,7 +87,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units, as disks and model hubs count them."""
+    """Bytes in decimal units, as model hubs print them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
@@ -96,8 +103,8 @@ def _columns(records: Sequence[Record]) -> list[_Column]:
         _Column("formats W/A", lambda r: Cell(format_pair(r)), brief=True),
         _Column("size", lambda r: Cell(size(r.memory.packed_bytes))),
         _Column("of BF16", lambda r: Cell(f"{r.memory.ratio:.0%}"), brief=True),
-        _Column("PSNR, dB", lambda r: _decibels(r.videos.psnr), lambda r: r.videos.psnr and r.videos.psnr.mean, True),
-        _Column("SSIM", lambda r: _estimate(r.videos.ssim, 3), lambda r: r.videos.ssim and r.videos.ssim.mean, True),
+        _Column("PSNR, dB", lambda r: _decibels(r.videos.psnr), lambda r: _mean(r.videos.psnr), True),
+        _Column("SSIM", lambda r: _estimate(r.videos.ssim, 3), lambda r: _mean(r.videos.ssim), True),
         _Column("first frame, dB", lambda r: _compared(r.videos.first_frame_psnr, 1)),
         _Column("flicker score", lambda r: _compared(r.videos.temporal_flickering, 3)),
         _Column("motion, levels", lambda r: _compared(r.videos.motion, 1)),
@@ -110,7 +117,8 @@ def _error_column(expert: str) -> _Column:
         return record.layers[expert].mean if expert in record.layers else None
 
     def score(record: Record) -> float | None:
-        return None if error(record) is None else -error(record)
+        found = error(record)
+        return None if found is None else -found
 
     return _Column(f"layer error, {expert}", lambda record: _error(error(record)), score, brief=True)
 
@@ -123,7 +131,7 @@ def _summary(records: Sequence[Record], columns: Sequence[_Column]) -> Table:
     return Table("Variants", tuple(column.head for column in columns), tuple(zip(*cells)))
 
 
-def _layer_table(head: str, records: Sequence[Record], values: Callable[[Record], dict]) -> Table:
+def _layer_table(head: str, records: Sequence[Record], values: Callable[[Record], Mapping[Any, float | None]]) -> Table:
     rows = []
     for name in sorted({name for record in records for name in values(record)}):
         errors = [values(record).get(name) for record in records]
@@ -134,7 +142,7 @@ def _layer_table(head: str, records: Sequence[Record], values: Callable[[Record]
 
 
 def _best(scores: Sequence[float | None], records: Sequence[Record]) -> set[int]:
-    """Positions of the highest score. Only variants with quantized activations compete: the others have it easier."""
+    """Positions of the highest score. Only variants with quantized activations compete; the others are more exact."""
     competing = {
         i: score
         for i, (score, record) in enumerate(zip(scores, records))
@@ -147,6 +155,10 @@ def _error(value: float | None) -> Cell:
     return Cell(NONE if value is None else f"{value:.4f}")
 
 
+def _mean(value: Estimate | None) -> float | None:
+    return None if value is None else value.mean
+
+
 def _estimate(value: Estimate | None, digits: int) -> Cell:
     if value is None:
         return Cell(NONE)
@@ -154,7 +166,7 @@ def _estimate(value: Estimate | None, digits: int) -> Cell:
 
 
 def _decibels(value: Estimate | None) -> Cell:
-    """An Estimate in dB; one at the cap stands for videos that do not differ."""
+    """An Estimate in dB; at the cap the videos do not differ."""
     return Cell("identical") if value and value.low >= PSNR_CAP else _estimate(value, 1)
 
 

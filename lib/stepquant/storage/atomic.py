@@ -1,5 +1,6 @@
-"""Files that are finished or absent: written under a temporary name, then renamed."""
+"""Files and folders that are finished or absent: written under a temporary name, then renamed."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,12 +8,18 @@ from pathlib import Path
 
 @contextmanager
 def finished_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it to `path` when the block ends well; else removes it.
+    """Write a file under a temporary name, and rename it to `path` when the block ends without an error.
 
-    The name `.NAME.tmp` is one that .dvcignore excludes, so a killed process leaves nothing that enters a hash.
+    The temporary name `.NAME.tmp` is excluded by .dvcignore, so what a killed process leaves enters no hash.
+
+    Args:
+        path: The file. Its folder is created. An old file is replaced.
+
+    Yields:
+        The temporary path beside it. After an error it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = _temporary(path)
     try:
         yield partial
         partial.replace(path)
@@ -20,7 +27,32 @@ def finished_or_absent(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def finished_folder_or_absent(path: Path) -> Iterator[Path]:
+    """The same for a folder. Two processes must not write the same one at a time.
+
+    Args:
+        path: The folder. Its parents are created. An old folder is replaced only after the block has ended well.
+
+    Yields:
+        A new, empty folder beside it. After an error it is removed.
+    """
+    partial = _temporary(path)
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
+    """Write a small UTF-8 text file, whole or not at all."""
     with finished_or_absent(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

@@ -1,16 +1,20 @@
-"""Which source files a module runs, found by following imports: the code version in a unit's key, and the code
-dependencies that dvc.yaml must name."""
+"""The source files that a module runs, found by following imports.
+
+They give the code version in the key of a unit, and the code dependencies in dvc.yaml.
+"""
 
 import ast
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Plumbing: reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
+# Plumbing: it reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
 PLUMBING = (
     "stepquant.command_runner",
     "stepquant.compute",
     "stepquant.errors",
+    "stepquant.param_recipe",
+    "stepquant.param_sections",
     "stepquant.params",
     "stepquant.storage.atomic",
     "stepquant.storage.code_version",
@@ -23,9 +27,15 @@ PLUMBING = (
 
 
 def source_files(module: Path, roots: dict[str, Path]) -> list[Path]:
-    """The Python files that `module` runs, itself included, without plumbing.
+    """The Python files that a module runs, itself included, without plumbing.
 
-    roots: top-level package name -> its folder, such as {"stepquant": lib/stepquant}. Sorted by path.
+    Args:
+        module: The file of the module.
+        roots: Name of a top-level package -> its folder, such as {"stepquant": lib/stepquant}. Imports from other
+            packages are not followed.
+
+    Returns:
+        Paths, sorted.
     """
     found: dict[Path, None] = {}
     queue = [module]
@@ -38,7 +48,7 @@ def source_files(module: Path, roots: dict[str, Path]) -> list[Path]:
 
 
 def code_digest(files: list[Path]) -> str:
-    """SHA-256 over the contents of the files in their order."""
+    """SHA-256 (hex) over the contents of the files, in the order given."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -46,17 +56,18 @@ def code_digest(files: list[Path]) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
+    """Names that a file imports; some of them are no modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            # `from package import module` names a module, `from module import name` does not: try both.
+            # `from package import module` names a module and `from module import name` does not, so try both.
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _files(name: str, roots: dict[str, Path]) -> Iterator[Path]:
-    """Files that importing `name` runs: the module and the __init__ of each package above it."""
+    """The files that an import of `name` runs: the module, and __init__ of each package above it."""
     top, *rest = name.split(".")
     if top not in roots or _is_plumbing(name):
         return
@@ -73,6 +84,6 @@ def _is_plumbing(name: str) -> bool:
 
 
 def _has_code(file: Path) -> bool:
-    """Whether a module can reach a number: a package's docstring cannot, nor can the root's list of lazy exports."""
+    """Whether a module can change a number. An __init__ without imports at its top level cannot."""
     imports = (ast.Import, ast.ImportFrom)
     return file.name != "__init__.py" or any(isinstance(node, imports) for node in ast.parse(file.read_text()).body)

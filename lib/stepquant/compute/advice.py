@@ -1,0 +1,17 @@
+"""Which parameter lowers the memory of a stage. `stepquant plan` prints it beforehand, a failed stage afterwards."""
+
+# The weights of a whole expert have to fit where videos are sampled.
+SAMPLE_ELSEWHERE = (
+    "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
+)
+LESS_MEMORY = {
+    "trajectories": SAMPLE_ELSEWHERE,
+    "generate": SAMPLE_ELSEWHERE,
+    "capture": "lower capture.calls_per_chunk (device) or .calls_per_shard (host), then sampling.num_frames, .height "
+    "or .width",
+    "lowrank": "lower capture.search_tokens",
+    "gptq": "no parameter helps: the Hessian of the widest site has to fit",
+    "clip": "lower capture.search_tokens",
+    "pack": "no parameter helps: one block has to fit",
+    "evaluate": "lower capture.heldout_tokens",
+}
