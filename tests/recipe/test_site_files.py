@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepquant.errors import UserError
+from stepquant.errors import DamagedFile, MissingFile, UserError
 from stepquant.formats import get_format
 from stepquant.quantize.quantized_layer import layer_output
 from stepquant.quantize.smooth import round_to_nearest
@@ -71,7 +71,9 @@ def test_a_missing_or_damaged_file_is_refused(kind, damage, tmp_path):
         (tmp_path / FACTORS).write_bytes(b"\x10\x00")
     elif damage == "another site":
         save_file({"attn1.out.mean": torch.zeros(2)}, tmp_path / FACTORS)
-    with pytest.raises(UserError, match="missing or damaged.*run its stage again"):
+    with pytest.raises(
+        MissingFile if damage == "missing" else DamagedFile, match="missing or damaged.*run its stage again"
+    ):
         kind.from_file(tmp_path, SITE, "cpu")
 
 

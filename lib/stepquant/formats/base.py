@@ -12,7 +12,7 @@ from typing import ClassVar, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Format(ABC):
             **options: as in `ScaleOptions`.
 
         Raises:
-            UserError: The group size does not divide K, or an option is one that this format does not have.
+            InvalidInput: The group size does not divide K, or an option is one that this format does not have.
         """
         tensor, exponent_offset = options.get("tensor"), options.get("exponent_offset", 0)
         self._check_options(tensor, exponent_offset)
@@ -113,7 +113,7 @@ class Format(ABC):
             The rounded values, in the shape and dtype of x.
 
         Raises:
-            UserError: As `scales`.
+            InvalidInput: As `scales`.
         """
         x32 = x.float()  # converted once, for the scales and for the values
         scales = self.scales(x32, **options)
@@ -141,11 +141,11 @@ class Format(ABC):
         return magnitudes.amax(-1)
 
     def _check_options(self, tensor: Tensor | None, exponent_offset: int | Tensor) -> None:
-        """Raises UserError for an option that this format does not have."""
+        """Raises InvalidInput for an option that this format does not have."""
         if tensor is not None and not self.has_tensor_scale:
-            raise UserError(f"per-tensor scale: {self.name} has none; allowed: None")
+            raise InvalidInput(f"per-tensor scale: {self.name} has none; allowed: None")
         if not self.has_exponent_scale and (isinstance(exponent_offset, Tensor) or exponent_offset != 0):
-            raise UserError(f"exponent offset {exponent_offset}: {self.name} has no exponent scale; allowed: 0")
+            raise InvalidInput(f"exponent offset {exponent_offset}: {self.name} has no exponent scale; allowed: 0")
 
     def _grouped(self, x: Tensor) -> Tensor:
         """x [..., K] as [..., K/g, g]."""
@@ -174,15 +174,15 @@ class Format(ABC):
 
 
 def check_groups(K: int, fmt: Format, what: str) -> None:
-    """Raises UserError, with the name `what`, unless fmt's group size divides K channels."""
+    """Raises InvalidInput, with the name `what`, unless fmt's group size divides K channels."""
     if K % fmt.group:
-        raise UserError(
-            f"{what}: {K} channels cannot be divided into {fmt.name} groups; allowed: a multiple of {fmt.group}"
+        raise InvalidInput(
+            f"{what}: {K} channels cannot be cut into {fmt.name} groups; allowed: a multiple of {fmt.group}"
         )
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raises UserError, with the name `what`, if x holds a NaN or an infinity."""
+    """Raises InvalidInput, with the name `what`, if x holds a NaN or an infinity."""
     # The sum is many times faster than isfinite of every value, and is finite only if all values are. Large finite
     # values may overflow it, so only a non-finite sum needs the full test.
     if torch.isfinite(x.sum()):
@@ -191,7 +191,7 @@ def check_finite(x: Tensor, what: str) -> None:
     if not finite.all():
         bad = int(x.numel() - finite.sum())
         first = tuple((~finite).nonzero()[0].tolist())
-        raise UserError(
+        raise InvalidInput(
             f"{what}: {bad} of {x.numel()} values are NaN or infinite, the first at index {first}; "
             "allowed: finite numbers"
         )

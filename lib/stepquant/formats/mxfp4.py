@@ -14,7 +14,7 @@ then + exponent_offset, limited to 0..253. A group of zeros has e = 0 before the
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 from stepquant.formats.base import Scales
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
@@ -41,7 +41,7 @@ class Mxfp4(E2M1Format):
         elif rounding == "ceil":
             exponent = _ceil_log2(amax / E2M1_MAX)
         else:
-            raise UserError(f"rounding of the mxfp4 scale: {rounding!r}; allowed: 'floor', 'ceil'")
+            raise InvalidInput(f"rounding of the mxfp4 scale: {rounding!r}; allowed: 'floor', 'ceil'")
         biased = torch.where(amax > 0, exponent + _BIAS, 0) + exponent_offset
         return Scales(biased.clamp(0, _LARGEST).to(torch.uint8), None)
 

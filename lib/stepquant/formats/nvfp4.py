@@ -13,7 +13,7 @@ The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and limited to it
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 from stepquant.formats.base import Scales
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
@@ -60,5 +60,5 @@ def nvfp4_tensor_scale(x: Tensor) -> Tensor:
 
 def _tensor_scale_of(scales: Scales) -> Tensor:
     if scales.tensor is None:
-        raise UserError("nvfp4 scales: the per-tensor scale is missing; expected a float32 scalar")
+        raise InvalidInput("nvfp4 scales: the per-tensor scale is missing; expected a float32 scalar")
     return scales.tensor

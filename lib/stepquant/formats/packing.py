@@ -7,13 +7,13 @@ bits 0..3 of byte j hold column 2j, bits 4..7 hold column 2j + 1.
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., K/2] from codes uint8 [..., K] in 0..15. Raises UserError if K is odd."""
+    """uint8 [..., K/2] from codes uint8 [..., K] in 0..15. Raises InvalidInput if K is odd."""
     if codes.shape[-1] % 2:
-        raise UserError(f"packing: {codes.shape[-1]} columns; allowed: an even number, since a byte holds two codes")
+        raise InvalidInput(f"packing: {codes.shape[-1]} columns; allowed: an even number, since a byte holds two codes")
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 

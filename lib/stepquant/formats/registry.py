@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 from stepquant.formats.base import Format, Scales, check_finite
 from stepquant.formats.int4 import Int4
 from stepquant.formats.mxfp4 import Mxfp4
@@ -12,9 +12,9 @@ _FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Int4(), Mxfp4(), Nvfp4(
 
 
 def get_format(name: str) -> Format:
-    """The format with this name. Raises UserError with the names that exist."""
+    """The format with this name. Raises InvalidInput with the names that exist."""
     if name not in _FORMATS:
-        raise UserError(f"format {name!r} does not exist; allowed: {', '.join(_FORMATS)}")
+        raise InvalidInput(f"format {name!r} does not exist; allowed: {', '.join(_FORMATS)}")
     return _FORMATS[name]
 
 
@@ -27,7 +27,7 @@ def weight_scales(fmt: Format, W: Tensor, *, rounding: str) -> Scales:
         rounding: How an E8M0 scale is rounded, "floor" or "ceil" (mxfp4; the other formats ignore it).
 
     Raises:
-        UserError: W holds NaN or infinity, or the group size does not divide K.
+        InvalidInput: W holds NaN or infinity, or the group size does not divide K.
     """
     check_finite(W, "weight")
     return fmt.scales(W, rounding=rounding, tensor=fmt.tensor_scale(W))

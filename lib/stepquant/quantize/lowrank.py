@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 
 OVERSAMPLING = 10
 POWER_ITERATIONS = 4
@@ -35,7 +35,7 @@ def low_rank_factors(W: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
         (down [rank, K], up [N, rank]), float32; each has the square roots of the singular values as a factor.
 
     Raises:
-        UserError: The rank is negative or larger than the matrix allows.
+        InvalidInput: The rank is negative or larger than the matrix allows.
     """
     _check_rank(W, rank)
     return _balanced(*_truncated_svd(W.float(), rank, seed))
@@ -62,7 +62,7 @@ def weighted_low_rank_factors(
         As `low_rank_factors`.
 
     Raises:
-        UserError: As `low_rank_factors`.
+        InvalidInput: As `low_rank_factors`.
     """
     _check_rank(W, rank)
     W, known = W.float(), 0 if start is None else start.shape[1]
@@ -100,7 +100,7 @@ def residual(W: Tensor, smooth: Tensor, proj_down: Tensor, proj_up: Tensor) -> T
 
 def _check_rank(W: Tensor, rank: int) -> None:
     if not 0 <= rank <= min(W.shape):
-        raise UserError(
+        raise InvalidInput(
             f"low-rank branch: rank {rank} for a weight of {W.shape[0]} x {W.shape[1]}; allowed: 0 to {min(W.shape)}"
         )
 

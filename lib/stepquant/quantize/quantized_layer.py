@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 from stepquant.formats import Format, Scales
 from stepquant.quantize.transform import InputTransform
 
@@ -43,9 +43,9 @@ class QuantScheme:
 
     @property
     def activation_format(self) -> Format:
-        """The format of the activations, for work that needs one. Raises UserError if they stay unquantized."""
+        """The format of the activations, for work that needs one. Raises InvalidInput if they stay unquantized."""
         if self.activation is None:
-            raise UserError("activations stay unquantized (W4A16); expected a 4-bit activation format")
+            raise InvalidInput("activations stay unquantized (W4A16); expected a 4-bit activation format")
         return self.activation
 
 

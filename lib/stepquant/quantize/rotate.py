@@ -14,7 +14,7 @@ differences are 5.9, 2.3 and 0.4 %, and some sites are better without it, so the
 import torch
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
@@ -30,7 +30,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
         The rotated x, in its shape and dtype.
 
     Raises:
-        UserError: As `check_rotation`.
+        InvalidInput: As `check_rotation`.
     """
     if size == 0:
         return x
@@ -52,9 +52,9 @@ def rotate_by(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def check_rotation(size: int, K: int, what: str = "rotation") -> None:
-    """Raises UserError, with the name `what`, unless size is 0 or a power of two that divides K."""
+    """Raises InvalidInput, with the name `what`, unless size is 0 or a power of two that divides K."""
     if size and (size < 0 or size.bit_count() != 1 or K % size):
-        raise UserError(
+        raise InvalidInput(
             f"{what}: Hadamard size {size} for {K} channels; allowed: 0, or a power of two that divides {K}"
         )
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepquant.errors import UserError
+from stepquant.errors import DamagedFile, MissingFile
 from stepquant.formats import Format, Scales, pack_nibbles, unpack_nibbles
 from stepquant.quantize.lowrank import Branch
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
@@ -75,7 +75,7 @@ class TransformFactors:
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Reads a site's factors from its block's folder. Raises UserError if the file is missing or damaged."""
+        """Reads a site's factors from its block's folder. Raises MissingFile or DamagedFile."""
         found = _read(folder, site, [field.name for field in fields(cls)], device)
         return cls(found["mean"], found["smooth"], int(found["rotation"]), found["proj_down"], found["proj_up"])
 
@@ -124,7 +124,7 @@ class ResidualFactors:
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Reads a site's factors from its block's folder. Raises UserError if the file is missing or damaged."""
+        """Reads a site's factors from its block's folder. Raises MissingFile or DamagedFile."""
         found = _read(folder, site, [field.name for field in fields(cls)], device, optional=("tensor_scale",))
         scales, tensor_scale = found["scales"], found.get("tensor_scale")
         return cls(found["codes"], scales, tensor_scale, found["proj_down"], found["proj_up"], found["offset"])
@@ -164,7 +164,7 @@ class ClipTable:
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Reads a site's clips from its block's folder. Raises UserError if the file is missing or damaged."""
+        """Reads a site's clips from its block's folder. Raises MissingFile or DamagedFile."""
         return cls(**_read(folder, site, [field.name for field in fields(cls)], device))
 
     @classmethod
@@ -196,6 +196,5 @@ def _read(folder: Path, site: str, names: list[str], device: str, optional: tupl
             wanted = [name for name in names if name not in optional or f"{site}.{name}" in existing]
             return {name: file.get_tensor(f"{site}.{name}") for name in wanted}
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: missing or damaged ({error}); remove {folder.parent} and run its stage again"
-        ) from None
+        kind = MissingFile if isinstance(error, FileNotFoundError) else DamagedFile
+        raise kind(f"{path}: missing or damaged ({error}); remove {folder.parent} and run its stage again") from None

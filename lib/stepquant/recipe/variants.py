@@ -6,7 +6,7 @@ dvc.yaml lists the same names with their dependencies; a test compares the two.
 from dataclasses import dataclass
 from typing import Literal
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 
 REFERENCE = "bf16"
 
@@ -83,7 +83,7 @@ ORDER = tuple(DESCRIPTIONS)
 
 
 def packed_variant(name: str) -> Variant:
-    """The variant of that name. Raises UserError if stage pack makes no such variant."""
+    """The variant of that name. Raises InvalidInput if stage pack makes no such variant."""
     if name not in VARIANTS:
-        raise UserError(f"--variant {name}; allowed: {', '.join(VARIANTS)}")
+        raise InvalidInput(f"--variant {name}; allowed: {', '.join(VARIANTS)}")
     return VARIANTS[name]
