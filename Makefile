@@ -1,9 +1,12 @@
 # make demo       quantize the mini Wan2.2 and show what it cost
 # make test       the whole test suite
+# make lint       style, format and types
 # make reproduce  run every stage once more in a copy and compare
-# make clean      forget everything that was computed
-.PHONY: demo test reproduce clean lint
+# make gpu        on a machine with an NVIDIA GPU: tests, stages, linear and a video there; writes docs/gpu.md
+# make clean      remove everything that was computed
+.PHONY: demo test lint reproduce gpu clean
 
+CODE := lib stages tests benchmarks ci data/training
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -21,7 +24,12 @@ reproduce: demo
 	python ci/reproduce.py
 
 lint: $(VENV)/installed
-	ruff check lib stages tests benchmarks ci
+	ruff check $(CODE)
+	ruff format --check $(CODE)
+	mypy
+
+gpu: $(VENV)/installed
+	python benchmarks/gpu.py
 
 clean:
 	rm -rf artifacts .units .dvc/cache .dvc/tmp metrics.json

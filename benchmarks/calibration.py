@@ -4,9 +4,9 @@
     python benchmarks/calibration.py capture.search_tokens 32 64 128 256 512
     python benchmarks/calibration.py capture.steps_per_bin 1 2 4 null --with sampling.steps=40
 
-Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are always those of
-the params as they stand (with the changes of --with), so that numbers of different values compare. Prints the geometric mean over
-sites, blocks and bins per expert, and per kind of site.
+Runs the pipeline up to the packed variant `full` in a copy of this checkout, once per value. The held-out tokens are
+always those of the current params (with the changes of --with), so that the numbers of different values are comparable.
+Prints the geometric mean over sites, blocks and bins per expert, and per kind of site.
 """
 
 import argparse
@@ -33,7 +33,7 @@ VARIANT = "full"
 
 
 def prepare(checkout: Checkout) -> Path:
-    """A folder to measure in, that has the held-out tokens of the params as they stand, and otherwise the checkout's model and checkpoints."""
+    """A folder to measure in: the held-out tokens of the current params, and the checkout's model and checkpoints."""
     checkout.repro("capture")
     folder = checkout.root.parent / "measured"
     (folder / "artifacts").mkdir(parents=True)

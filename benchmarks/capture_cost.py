@@ -1,10 +1,11 @@
-"""What keeping statistics costs: one block's forward with and without stage capture's accumulation, same tokens.
+"""What statistics cost: one block's forward with and without the accumulation of stage capture.
 
-    python benchmarks/capture_cost.py FOLDER                                            a block of Wan2.2-I2V-A14B, 8,192 tokens
-    python benchmarks/capture_cost.py FOLDER --calls-frames 21 --calls-height 60 --calls-width 104   a call of 81 frames
+    python benchmarks/capture_cost.py FOLDER      a block of Wan2.2-I2V-A14B, 8,192 tokens
+    python benchmarks/capture_cost.py FOLDER --calls-frames 21 --calls-height 60 --calls-width 104
+                                                  a call of 81 frames
 
-Processor seconds per recorded call of the calibration split, the fastest of some rounds. Held-out calls add hardly anything,
-so with 8 calibration and 4 held-out prompts a capture adds two thirds of what is shown here.
+Processor seconds per recorded call of the calibration split, the fastest of some rounds. Held-out calls add almost
+nothing, so with 8 calibration and 4 held-out prompts a capture adds two thirds of what is shown here.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.make_shape import EXPERT, add_options, from_options, make_shape
-from stepquant.calibration.observer import SiteObserver, plan_sampling
+from stepquant.calibration.observer import SiteObserver
 from stepquant.calibration.replay import replay_block
+from stepquant.calibration.sampling_plan import plan_sampling
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.bins import make_bins
 from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
@@ -36,13 +38,13 @@ def accumulating(trajectories: Trajectories, stride: int) -> Callable[[str, torc
     bins = make_bins(1, 0, 1000, "bins")
     depends = {site.name: site.depends_on_timestep for site in WAN_SITES}
 
-    def see(site: str, x: torch.Tensor, positions: range) -> None:
+    def observe(site: str, x: torch.Tensor, positions: range) -> None:
         if site not in statistics:
             plan = plan_sampling(calls, bins if depends[site] else None, x.shape[1], SAMPLES, 0, stride=stride)
             statistics[site] = SiteObserver(x.shape[-1], plan, "cpu", site)
-        statistics[site].add(x, [calls[i] for i in positions], positions)
+        statistics[site].observe(x, [calls[i] for i in positions], positions)
 
-    return see
+    return observe
 
 
 def fastest(work: Callable[[], object], rounds: int) -> float:
@@ -58,10 +60,10 @@ def measure(model: Denoiser, trajectories: Trajectories, stride: int, rounds: in
     """Seconds of the plain forward and with statistics, and the tokens of the call."""
     block, call = model.block(0), trajectories.calls(EXPERT)[:1]
     inputs: BlockInputs = block_inputs(model.prologue(), *trajectories.inputs(call))
-    see = accumulating(trajectories, stride)
+    observe = accumulating(trajectories, stride)
     plain = lambda: block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb)  # noqa: E731
-    replayed = lambda: list(replay_block(block, WAN_SITES, [(range(1), inputs)], see))  # noqa: E731
-    plain(), replayed()  # what only the first call pays
+    replayed = lambda: list(replay_block(block, WAN_SITES, [(range(1), inputs)], observe))  # noqa: E731
+    plain(), replayed()  # costs of the first call only
     return fastest(plain, rounds), fastest(replayed, rounds), inputs.hidden_states.shape[1]
 
 

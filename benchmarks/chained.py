@@ -2,10 +2,11 @@
 
     python benchmarks/chained.py --prompts 24
 
-Usually both experts are calibrated on what the BF16 pipeline does; but when a video is sampled in four bits, the low-noise
-expert goes on from latents that the quantized high-noise expert made. This runs the pipeline in a copy of this checkout, records the
-calibration prompts anew with the packed high-noise expert before the BF16 low-noise one, quantizes the low-noise expert on that, and
-compares: its layer error on held-out tokens of the new kind, and the videos.
+Both experts are calibrated on trajectories of the BF16 pipeline, but when a video is sampled in four bits, the
+low-noise expert starts from latents of the quantized high-noise expert. This runs the pipeline in a copy of this
+checkout, records the calibration prompts again with the packed high-noise expert and the BF16 low-noise expert,
+quantizes the low-noise expert on these, and compares the videos and the layer error on held-out tokens of the new
+trajectories.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PARAMS, VARIANT, EXPERT = Path("params.yaml"), "full", "low_noise"
 
 
 def record_behind_quantized() -> None:
-    """Replace the recorded trajectories by those of the packed high-noise expert followed by the source's low-noise one."""
+    """Replaces the trajectories by those of the packed high-noise expert followed by the source's low-noise expert."""
     sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
     pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
     pipe.transformer_2 = source_pipeline(
@@ -60,7 +61,7 @@ def run(checkout: Checkout, *command: str) -> None:
 
 
 def low_noise_error() -> float:
-    """Geometric mean over the low-noise expert's sites and bins, on the held-out tokens of its activations as they are now."""
+    """Geometric mean over the low-noise expert's sites and bins, on the held-out tokens of its current activations."""
     errors = layer_errors(
         read_manifest(artifacts.MODEL), section(PARAMS, "compute"), artifacts.checkpoint(VARIANT), artifacts.activations
     )
@@ -95,9 +96,8 @@ def main() -> None:
     psnr = [{name: video.psnr for name, video in r.videos.per_video.items()} for r in records]
     for name, error, values in zip(("on the BF16 trajectory", "behind the quantized expert"), errors, psnr):
         mean = interval(values, bootstrap)
-        print(
-            f"{name}: low-noise layer error {error:.4f}, PSNR {mean['mean']:.2f} dB [{mean['low']:.2f}, {mean['high']:.2f}]"
-        )
+        psnr_text = f"{mean['mean']:.2f} dB [{mean['low']:.2f}, {mean['high']:.2f}]"
+        print(f"{name}: low-noise layer error {error:.4f}, PSNR {psnr_text}")
     d = paired_difference(psnr[1], psnr[0], bootstrap)
     print(f"difference: {d['mean']:+.2f} dB [{d['low']:+.2f}, {d['high']:+.2f}]")
 

@@ -1,12 +1,13 @@
 """Recipes and formats against each other, end to end: runs the pipeline once for each in a copy of this checkout.
 
-    python benchmarks/end_to_end.py                                                                  the ablation in every format
-    python benchmarks/end_to_end.py --recipes default paper --variants full --prompts 24             against the paper's recipe
-    python benchmarks/end_to_end.py --recipes gptq.noise=0 default gptq.noise=1 --skip 24 --prompts 16 --formats int4 --variants full
-                                                           for choosing: on prompts that no reported number uses
+    python benchmarks/end_to_end.py                      the ablation in every format
+    python benchmarks/end_to_end.py --recipes default paper --variants full --prompts 24
+                                                         against the paper's recipe
+    python benchmarks/end_to_end.py --recipes gptq.noise=0 default gptq.noise=1 --skip 24 --prompts 16 \\
+        --formats int4 --variants full                   for choosing: on prompts that no reported number uses
 
-Sampling and capture run once, since they know neither. Weights and activations get the same format. Of several recipes each
-is compared with the first, video by video: the difference of PSNR in dB with its bootstrap interval.
+Sampling and capture run once, since they do not depend on either. Weights and activations have the same format. Each
+recipe is compared with the first one, video by video: the difference of PSNR in dB with its bootstrap interval.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prom
 
 
 def without_first(root: Path, manifest: str, skip: int) -> str:
-    """A manifest beside another one, which lacks its first rows."""
+    """A copy of a manifest without its first rows, in the same folder."""
     shorter = Path(manifest).with_name("skipped.jsonl")
     (root / shorter).write_text("\n".join((root / manifest).read_text().splitlines()[skip:]) + "\n")
     return str(shorter)

@@ -1,8 +1,8 @@
-"""Ideas that the default recipe does without, each as a recipe of its own: docs/recipe.md says what they are worth.
+"""Ideas that are not part of the default recipe; docs/experiments/recipe-ablations.md says what each is worth.
 
     python benchmarks/layer_error.py --recipes default IDEA ...
 
-Each is the default with one thing changed, on the pipeline's own stages where these can express it.
+Each idea is a recipe: the default with one change, by the recipe's own functions where these can express it.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.layers import Layer
 from benchmarks.recipes import Quantized, Recipe, Settings, changed, clipped, pipeline
-from stepquant.quantize.clip import ClipCandidate, clip_errors
+from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.quantized_layer import QuantizedLayer, fake_quantize_input, layer_output
 from stepquant.recipe.factor import factor_site
@@ -25,7 +25,7 @@ GPTAQ_DAMPING = 0.001
 
 @dataclass(frozen=True)
 class PerBin:
-    """A layer that differs from bin to bin in more than its clip."""
+    """A layer of which more than the clip depends on the timestep bin."""
 
     bins: list[Quantized]
 
@@ -38,15 +38,15 @@ def _per_bin(quantized: Quantized, factors: Callable[[int], QuantizedLayer], bin
 
 
 def _changed(activations: SiteStatistics, change: Callable[[str, Tensor], Tensor]) -> SiteStatistics:
-    """The same with each tensor changed, by its name."""
+    """The same statistics with each tensor changed according to its name."""
     return SiteStatistics(lambda name: change(name, activations.load(name)), activations.bins)
 
 
-# --- smoothing ------------------------------------------------------------------------------------------------------------
+# --- smoothing ---
 
 
 def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
-    """Smoothing by each channel's absmax, averaged over bins instead of the largest."""
+    """Smoothing by each channel's absmax, averaged over bins instead of the maximum over bins."""
 
     def averaged() -> SiteStatistics:
         return _changed(layer.activations(), lambda name, t: t.mean(0, keepdim=True) if name == "absmax" else t)
@@ -54,11 +54,11 @@ def absmax_mean_of_bins(layer: Layer, fmt: str) -> Quantized:
     return pipeline(replace(layer, activations=averaged), fmt, smooth={"magnitude": "absmax"})
 
 
-# --- means ----------------------------------------------------------------------------------------------------------------
+# --- means ---
 
 
 def mean_per_bin(layer: Layer, fmt: str) -> PerBin:
-    """A mean and a bias per bin; codes, branch and clip as in the default."""
+    """A mean and a bias per bin; codes, branch and clip of the default."""
     quantized, means = pipeline(layer, fmt), layer.activations().mean.to(torch.bfloat16)
 
     def factors(b: int) -> QuantizedLayer:
@@ -70,7 +70,7 @@ def mean_per_bin(layer: Layer, fmt: str) -> PerBin:
 
 
 def mean_correction(layer: Layer, fmt: str) -> PerBin:
-    """The mean output error of each bin's search tokens taken off by a bias per bin."""
+    """A bias per bin that subtracts the mean output error of the bin's search tokens."""
     quantized, search = pipeline(layer, fmt), layer.activations().search
 
     def factors(b: int) -> QuantizedLayer:
@@ -81,11 +81,11 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
     return _per_bin(quantized, factors, len(search))
 
 
-# --- branch and rounding --------------------------------------------------------------------------------------------------
+# --- branch and rounding ---
 
 
 def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
-    """Codes for noisy inputs, but from the branch of the transform search on instead of the one that leaves least to the noise."""
+    """Noise-aware codes that start from the branch of the transform search instead of the noise-aware branch."""
     settings, statistics = Settings.of(fmt), layer.activations()
     factors = factor_site(layer.W, statistics, settings.factor)[0]
     problem = damped_problem(layer.W, statistics, factors, settings.round)[0]
@@ -93,8 +93,10 @@ def noise_but_its_branch(layer: Layer, fmt: str) -> Quantized:
 
 
 def gptaq(layer: Layer, fmt: str) -> Quantized:
-    """A last GPTQ for rounded inputs by the Hessians of rounded and unrounded calibration tokens, measured instead of modelled
-    (GPTAQ, arXiv 2504.02692); on real sites, whose calibration tokens are not kept, the search tokens have to do."""
+    """A last GPTQ with measured Hessians of rounded and unrounded calibration tokens (GPTAQ, arXiv 2504.02692).
+
+    The calibration tokens of real sites are not stored, so the search tokens are used instead.
+    """
     settings, statistics = Settings.of(fmt), layer.activations()
     factors = factor_site(layer.W, statistics, settings.factor)[0]
     final = round_site(layer.W, statistics, factors, settings.round)[0].layer(factors.transform, settings.scheme)
@@ -108,7 +110,7 @@ def gptaq(layer: Layer, fmt: str) -> Quantized:
 
 
 def _with_codes(layer: Layer, settings: Settings, final: QuantizedLayer, target: Tensor, H: Tensor) -> Quantized:
-    """The layer with the codes of GPTQ of `target` [N, K] under the Hessian H; branch, and clips, as they were."""
+    """The layer with GPTQ's codes of `target` [N, K] under the Hessian H, and the branch and clips of `final`."""
     factor = inverse_factor(H, damping=GPTAQ_DAMPING, act_order=settings.round.gptq.act_order)
     scales = choose_scales(settings.round.gptq.scales, final.scheme, target)
     factors = replace(final, codes=gptq(target, factor, scales, final.scheme.weight), scales=scales)
@@ -116,7 +118,7 @@ def _with_codes(layer: Layer, settings: Settings, final: QuantizedLayer, target:
 
 
 def sorted_channels(layer: Layer, fmt: str) -> Quantized:
-    """Channels put into groups of like size after smoothing, wherever the graph would allow it or not: an upper bound."""
+    """Channels sorted by magnitude after smoothing, even where the model forbids it: an upper bound."""
     activations, s = (
         layer.activations(),
         factor_site(layer.W, layer.activations(), Settings.of(fmt).factor)[0].smooth.float(),
@@ -128,7 +130,7 @@ def sorted_channels(layer: Layer, fmt: str) -> Quantized:
 
 @dataclass(frozen=True)
 class _Permuted:
-    """A layer whose input channels are taken in another order."""
+    """A layer whose input channels are in another order."""
 
     quantized: Quantized
     order: Tensor
@@ -145,11 +147,11 @@ def _permuted(layer: Layer, order: Tensor) -> Layer:
     return replace(layer, W=layer.W[:, order], activations=activations, calibration=calibration)
 
 
-# --- clip -----------------------------------------------------------------------------------------------------------------
+# --- clip ---
 
 
 def continuous_clip(layer: Layer, fmt: str) -> Quantized:
-    """The clip ratio refined around the best of the grid, to 1/160 in three halvings of the step."""
+    """The clipping ratio refined around the best of the grid, to 1/160 in three halvings of the distance."""
     quantized = pipeline(layer, fmt)
     search = layer.activations().search
     clips = [
@@ -158,11 +160,10 @@ def continuous_clip(layer: Layer, fmt: str) -> Quantized:
     return Quantized(quantized.factors, clips)
 
 
-def _refined(x: Tensor, W: Tensor, factors: QuantizedLayer, clip: ClipCandidate, step: float = 0.05) -> ClipCandidate:
-    for _ in range(3):
-        step /= 2
-        tried = [replace(clip, ratio=clip.ratio + move) for move in (0.0, -step, step)]
-        clip = tried[int(clip_errors([x], W, factors, tried)[0].argmin())]
+def _refined(x: Tensor, W: Tensor, factors: QuantizedLayer, clip: ClipCandidate) -> ClipCandidate:
+    for distance in (0.025, 0.0125, 0.00625):
+        tried = [replace(clip, ratio=clip.ratio + move) for move in (0.0, -distance, distance)]
+        clip = tried[choose_clip(clip_errors([x], W, factors, tried)).single]
     return clip
 
 

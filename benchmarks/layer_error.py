@@ -1,16 +1,16 @@
-"""Error, seconds and memory of every recipe and installed peer on single layers; all errors on tokens that calibration did not see.
+"""Error, seconds and memory of every recipe and installed peer on single layers; all errors on held-out tokens.
 
-    python benchmarks/layer_error.py                          seeded layers, the reporting seeds, 1024 wide, as in docs/recipe.md
+    python benchmarks/layer_error.py                          seeded layers of width 1024, the reporting seeds
     python benchmarks/layer_error.py --seeds tuning ...       for choosing between recipes; never quote these
     python benchmarks/layer_error.py --sites . --blocks 1 4   real sites of the demo model, from ./artifacts
-    python benchmarks/layer_error.py --recipes default IDEA   one of the ideas of benchmarks/ideas.py, which the default does without
+    python benchmarks/layer_error.py --recipes default IDEA   an idea of benchmarks/ideas.py that is not in the default
 
 Columns of the table; errors are ||y - reference|| / ||reference||, over bins the root of their mean square:
-    W        quantized weights, activations left alone
+    W        quantized weights, unquantized activations
     W4A4     both quantized
-    floor    activations quantized, weights perfect (the branch kept): what no better rounding of weights can go below
+    floor    quantized activations, exact weights (with the branch): a lower bound for any rounding of weights
     seconds  of processor time, which other programs on the machine hardly change
-    MB       peak, above what was resident before
+    MB       peak resident memory, above the value before
 """
 
 import argparse
@@ -41,7 +41,7 @@ SEEDS = {"tuning": range(0, 3), "reporting": range(100, 103)}
 
 @dataclass(frozen=True)
 class Result:
-    """One recipe in one format on one layer; group and name are the layer's. bins: W4A4 error of each timestep bin."""
+    """One recipe in one format on one layer; group and name are those of the layer; bins: W4A4 error per bin."""
 
     group: str
     name: str
@@ -76,7 +76,7 @@ def _root_mean_square(values: Iterable[float]) -> float:
 
 
 def _reset_peak_memory() -> float:
-    """Resident MB now, freed memory given back, with the kernel's high-water mark set back to it (Linux, glibc)."""
+    """Resident MB after returning freed memory; resets the kernel's high-water mark to it (Linux, glibc)."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
@@ -87,7 +87,7 @@ def _memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def summary(results: Sequence[Result], mean: Callable[[Iterable[float]], float]) -> str:
@@ -109,7 +109,7 @@ def _table(group: str, results: Sequence[Result], mean: Callable[[Iterable[float
 
 
 def _cells(rows: Sequence[Result], mean: Callable[[Iterable[float]], float]) -> str:
-    """Of one recipe in one format; empty for a peer that does not have it."""
+    """Of one recipe in one format; empty for a peer without this format."""
     if not rows:
         return " | "
     errors = " / ".join(f"{mean(getattr(r, field) for r in rows):.4f}" for field in ("weight_error", "error", "floor"))
@@ -138,7 +138,7 @@ def _grouped(results: Sequence[Result], *fields: str) -> dict[tuple[str, ...], l
     return groups
 
 
-# --- command --------------------------------------------------------------------------------------------------------------
+# --- command ---
 
 
 def layers(options: argparse.Namespace) -> Iterator[Layer]:
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> Iterator[Result]:
         if recipe in OURS or fmt in PEERS[recipe].formats
     ]
     for recipe, fmt in runs:
-        measure(seeded_layer("mild", 256, 0, tokens_per_column=4), recipe, fmt)  # what only the first call pays
+        measure(seeded_layer("mild", 256, 0, tokens_per_column=4), recipe, fmt)  # costs of the first call only
     for layer in layers(options):
         for recipe, fmt in runs:
             yield measure(layer, recipe, fmt)
@@ -186,10 +186,8 @@ def main() -> None:
     results = []
     for result in run(options):
         results.append(result)
-        print(
-            f"{result.group} {result.name} {result.format} {result.recipe}: {result.error:.4f} in {result.seconds:.1f} s",
-            file=sys.stderr,
-        )
+        name = f"{result.group} {result.name} {result.format} {result.recipe}"
+        print(f"{name}: {result.error:.4f} in {result.seconds:.1f} s", file=sys.stderr)
         if options.json:
             options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     print(summary(results, geometric_mean if options.sites else fmean))

@@ -1,6 +1,6 @@
 """Layers to quantize: seeded ones, and real sites from the pipeline's artifacts.
 
-Either way y = x @ W.T, x [T, K], W [N, K]; what calibration knows and the held-out tokens come from different draws or prompts.
+In both cases y = x @ W.T, x [T, K], W [N, K]; calibration and held-out tokens come from different draws or prompts.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +24,14 @@ SEARCH = 2048
 
 @dataclass(frozen=True)
 class Layer:
-    """group: what is averaged over; name: this one. W float32 [N, K].
+    """A layer to quantize.
 
-    activations: makes or reads the statistics of the calibration tokens, and the held-out tokens, per timestep bin.
-    calibration: the tokens [T, K] behind them, None where only the statistics were kept.
+    Attributes:
+        group: The layers that one mean is taken over.
+        name: This layer within its group.
+        W: float32 [N, K].
+        activations: Makes or reads the statistics of the calibration tokens, with the held-out tokens.
+        calibration: The calibration tokens [T, K]; None where only statistics are stored.
     """
 
     group: str
@@ -39,8 +43,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of layer. tail: degrees of freedom of Student's t, per value or per token; outliers: share of the channels,
-    larger by gain; shift: size of the channel means, relative to the channel's spread."""
+    """A kind of synthetic layer.
+
+    Attributes:
+        tail: Degrees of freedom of Student's t.
+        per_token: Whether the t variable is one per token instead of one per value.
+        outliers: Part of the channels that are outliers.
+        gain: Factor of the outlier channels.
+        shift: Magnitude of the channel means, relative to the channel's standard deviation.
+    """
 
     tail: float
     per_token: bool
@@ -58,7 +69,7 @@ KINDS = {
 
 
 def seeded_layer(kind: str, width: int, seed: int, tokens_per_column: int) -> Layer:
-    """A width x width layer: W Gaussian plus a rank-16 part; x of correlated channels, lognormal in size, with outliers."""
+    """A width x width layer: W Gaussian plus rank 16; x correlated, with lognormal magnitudes and outlier channels."""
     generator = torch.Generator().manual_seed(seed)
     W = _randn(generator, width, width) / width**0.5
     W += 0.7 * _randn(generator, width, 16) @ _randn(generator, 16, width) / (16 * width) ** 0.5
@@ -68,7 +79,7 @@ def seeded_layer(kind: str, width: int, seed: int, tokens_per_column: int) -> La
 
 
 def _tokens(kind: Kind, width: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """x [tokens, width]; half of a channel's variance is shared with the others through width / 4 latent ones."""
+    """x [tokens, width]; half of a channel's variance comes from width / 4 latent channels."""
     latent = width // 4
     x = _randn(generator, tokens, latent) @ _randn(generator, latent, width) / latent**0.5
     x = 0.5**0.5 * (x + _randn(generator, tokens, width))
@@ -86,19 +97,19 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _statistics(tokens: Tensor, held_out: Tensor) -> SiteStatistics:
-    """What capture would keep of one timestep bin; of the calibration tokens the last eighth is for validation, and in nothing else."""
-    kept_back = min(SEARCH, len(tokens) // 8)
-    calibration, validation = tokens[:-kept_back], tokens[-kept_back:]
+    """Statistics of one timestep bin as stage capture stores them; the last eighth of the tokens is for validation."""
+    reserved = min(SEARCH, len(tokens) // 8)
+    calibration, validation = tokens[:-reserved], tokens[-reserved:]
     absmax, mean = calibration.abs().amax(0), calibration.mean(0)
     centered = calibration - mean
     H = centered.T @ centered / len(centered)
-    kept = {"shift": mean, "hessian": H, "absmax": absmax[None], "mean": mean[None]}
+    kept = {"shift": mean, "hessian": H, "hessian_diagonal": H.diagonal(), "absmax": absmax[None], "mean": mean[None]}
     kept |= {"search.0": calibration[:SEARCH], "validation.0": validation, "heldout.0": held_out}
     return SiteStatistics(kept.__getitem__, bins=1)
 
 
 def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
-    """Every site of some blocks of every expert, from the folder that holds `artifacts` and the model they were made of."""
+    """Every site of some blocks of every expert, from the folder that holds `artifacts` and the source model."""
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
     compute = Compute(

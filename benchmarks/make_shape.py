@@ -1,15 +1,18 @@
-"""Makes a folder in which the stages run on a denoiser of any shape: random heavy-tailed weights, recorded calls, params.
+"""Makes a folder in which the stages run on a denoiser of any shape: random weights, recorded calls, params.
 
     python benchmarks/make_shape.py FOLDER --blocks 2                    a block of Wan2.2-I2V-A14B is 0.70 GB
-    cd FOLDER && for s in "model" "capture --expert denoiser" "lowrank --expert denoiser"; do PYTHONPATH=CHECKOUT python -m stages.$s; done
+    cd FOLDER
+    for s in "model" "capture --expert denoiser" "lowrank --expert denoiser"; do
+        PYTHONPATH=CHECKOUT python -m stages.$s
+    done
 
-    FOLDER/model/                      a dense diffusers pipeline without text encoder and VAE: its one expert is `denoiser`
-    FOLDER/artifacts/trajectories.zarr calls as stage trajectories records them
-    FOLDER/params.yaml                 the profile of the real model, with what has to differ here
+    FOLDER/model/                       a dense diffusers pipeline without text encoder and VAE; expert: `denoiser`
+    FOLDER/artifacts/trajectories.zarr  calls as stage trajectories records them
+    FOLDER/params.yaml                  the profile of the real model, with what has to differ here
 
-Weights follow Student's t with 4 degrees of freedom. Some channels of every site are many times larger than the others, as they
-are in trained models: by modulation and norms in what AdaLN feeds, by the rows of to_v and ffn.net.0 in what follows those.
-Blocks are made one at a time, so memory stays at one block.
+Weights follow Student's t with 4 degrees of freedom. As in trained models, some channels of every site are many times
+larger than the others: by modulation and norms for the inputs behind AdaLN, by the rows of to_v and ffn.net.0 for the
+inputs behind those. Blocks are made one at a time, so memory stays at one block.
 """
 
 import argparse
@@ -30,21 +33,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stepquant.calibration.trajectories import write_trajectory
-from stepquant.compute.units import content_key, file_digests
 from stepquant.plan.workload import timesteps
 from stepquant.profiles import read_profiles
+from stepquant.storage.digests import content_key, file_digests
 from stepquant.storage.zarr_groups import group_metadata
 
 EXPERT = "denoiser"
 STEM = "diffusion_pytorch_model"
-OUTLIERS, GAIN = 0.005, 20.0  # share of a site's channels, and how much larger they are
+OUTLIERS, GAIN = 0.005, 20.0  # part of a site's channels, and their factor
 SHIFT = 1.0  # of the timesteps: none
 SLAB = 1024  # rows of a weight drawn at a time
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A WanTransformer3DModel; the defaults are those of Wan2.2-I2V-A14B. head_size 128 is what makes 40 heads of 5,120."""
+    """A WanTransformer3DModel; the defaults are those of Wan2.2-I2V-A14B (40 heads of size 128 are 5,120)."""
 
     blocks: int
     width: int = 5120
@@ -78,7 +81,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Calls:
-    """What was recorded: prompts per split, steps spread over 0..1000, the latent video [frames, height, width], text tokens.
+    """The recorded calls: prompts per split, steps over 0..1000, latent video [frames, height, width], text tokens.
 
     One 81-frame call at 480 x 832 has latents of 21 x 60 x 104, which are 32,760 tokens.
     """
@@ -120,13 +123,13 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
 
 
 def bin_edges(steps: int) -> list[float]:
-    """Up to three bins with equally many steps in them, as far as that goes; edges lie between steps."""
+    """Up to three bins with about equally many sampler steps each; edges are between steps."""
     t, bins = timesteps(steps, SHIFT), min(3, steps)
     inner = [k * steps // bins for k in range(1, bins)]
     return [1000.0, *((t[i - 1] + t[i]) / 2 for i in inner), 0.0]
 
 
-# --- model ----------------------------------------------------------------------------------------------------------------
+# --- model ---
 
 
 def write_model(folder: Path, shape: Shape, seed: int) -> None:
@@ -175,7 +178,7 @@ def shards(shape: Shape, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def tensor(key: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A bfloat16 tensor by the role that its name tells."""
+    """A bfloat16 tensor by its role, which its name says."""
     if key.endswith("bias"):
         return (0.02 * torch.randn(size, generator=generator)).bfloat16()
     if key == "scale_shift_table":
@@ -190,15 +193,17 @@ def tensor(key: str, size: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 def _sizes(channels: int, generator: torch.Generator) -> Tensor:
-    """How large each channel is: lognormal, a few of them outliers."""
+    """Magnitude of each channel: lognormal, a few of them outliers."""
     sizes = (0.3 * torch.randn(channels, generator=generator)).exp()
     sizes[torch.randperm(channels, generator=generator)[: max(1, int(OUTLIERS * channels))]] *= GAIN
     return sizes
 
 
 def _heavy_tailed(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Student's t with 4 degrees of freedom, of variance 1 / inputs: a normal over the root of a chi-square, whose law for 4
-    degrees is that of -2 log(u v) with uniform u and v."""
+    """Student's t with 4 degrees of freedom and variance 1 / inputs.
+
+    A normal over the root of a chi-square, which for 4 degrees is distributed as -2 log(u v) with uniform u and v.
+    """
     weight = torch.empty(size, dtype=torch.bfloat16)
     scale = math.sqrt(2 * math.prod(size[1:]))  # the variance of t with 4 degrees is 2
     for rows in weight.split(SLAB):
@@ -210,7 +215,7 @@ def _heavy_tailed(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return weight
 
 
-# --- calls ----------------------------------------------------------------------------------------------------------------
+# --- calls ---
 
 
 def write_trajectories(folder: Path, shape: Shape, calls: Calls, seed: int) -> None:
@@ -219,7 +224,7 @@ def write_trajectories(folder: Path, shape: Shape, calls: Calls, seed: int) -> N
     splits = [split for split, count in calls.prompts().items() for _ in range(count)]
     for i, split in enumerate(splits):
         name = f"{split}_{i:02d}"
-        write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), 16, split, name)
+        write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), calls.steps, 16, split, name)
         prompts[name] = content_key(files=file_digests(folder / name))
     (folder / "zarr.json").write_text(group_metadata({"prompts": prompts}))
 

@@ -1,11 +1,11 @@
-"""Peak memory of the stages on real shapes, over the number of blocks: it must not grow with it.
+"""Peak memory of the stages on real shapes; it must not grow with the number of blocks.
 
-    python benchmarks/memory.py FOLDER                            blocks of Wan2.2-I2V-A14B, 1, 2 and 4 of them; 15 GB of scratch
-    python benchmarks/memory.py FOLDER --plot docs/memory.svg     also write the plot
+    python benchmarks/memory.py FOLDER                          1, 2 and 4 blocks of Wan2.2-I2V-A14B; 15 GB of scratch
+    python benchmarks/memory.py FOLDER --plot docs/memory.svg   also write the plot
 
-Every stage is a process of its own, started from a parent that has hardly any memory of its own. What is read is ru_maxrss of
-os.wait4: the kernel's high-water mark of the process's resident set, which counts mapped pages of weight files as well. Search
-and refits are cut to one alpha, two dampings, one refit and 256 tokens a sample, which changes the time, not the peak.
+Every stage is a process of its own, started from a small parent. The number is ru_maxrss of os.wait4: the kernel's
+high-water mark of the process's resident set, which includes mapped pages of weight files. Search and refits are
+reduced to one alpha, two dampings, one refit and 256 tokens a sample, which changes the time, not the peak.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Peers' own quantizers on the same tokens: rows that owe nothing to this project's numerics.
+"""Quantizers of other projects on the same tokens: results that do not depend on this project's numerics.
 
-torchao and comfy_kitchen lie in `.venv/peers` (`make test` puts them there), a folder of their own because diffusers would import
-torchao wherever it finds it. llmcompressor is used where it is found: `pip install --no-deps --target .venv/peers -r
-benchmarks/llmcompressor.lock` (its own dependencies ask for an older transformers). Of torchao and comfy_kitchen this is plain rounding, convrot's
-behind a rotation; llmcompressor adds GPTQ. Smoothing and a branch none of them searches without a GPU.
+torchao and comfy_kitchen are installed in `.venv/peers` by `make test`, a folder of their own because diffusers would
+import torchao if it found it. llmcompressor is used if it is installed: `pip install --no-deps --target .venv/peers -r
+benchmarks/llmcompressor.lock` (its dependencies require an older transformers). torchao and comfy_kitchen round to
+nearest, convrot after a rotation; llmcompressor adds GPTQ. None of them searches smoothing or a branch without a GPU.
 """
 
 import sys
@@ -26,19 +26,19 @@ Rounding = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PeerLayer:
-    """weight [N, K] as rounded, and the rounding of the input, row by row along K."""
+    """The rounded weight [N, K], and the function that rounds the input along K."""
 
     rounding: Rounding
     weight: Tensor
 
     def outputs(self, x: Tensor, W: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As `recipes.Quantized.outputs`; no peer knows of bins."""
-        seen = self.rounding(x)
-        return x @ self.weight.T, seen @ self.weight.T, seen @ W.T
+        """As `recipes.Quantized.outputs`; no peer has timestep bins."""
+        rounded = self.rounding(x)
+        return x @ self.weight.T, rounded @ self.weight.T, rounded @ W.T
 
 
 def torchao_nvfp4(x: Tensor) -> Tensor:
-    """Two-level scales, as torchao's NVFP4 inference has for weights and, dynamically, for activations."""
+    """Two-level scales, as in torchao's NVFP4 inference for weights and, dynamically, for activations."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max())).dequantize(torch.float32)
@@ -52,7 +52,7 @@ def torchao_mxfp4(x: Tensor) -> Tensor:
 
 
 def comfy_int4(x: Tensor) -> Tensor:
-    """The quantizer of comfy_kitchen's SVDQuant layer, groups of 64, without smoothing and branch."""
+    """The quantizer of comfy_kitchen's SVDQuant layer, groups of 64, without smoothing and low-rank branch."""
     from comfy_kitchen.backends.eager.svdquant import _unpack_int4_row_major, quantize_svdquant_w4a4
 
     packed, scales, _ = quantize_svdquant_w4a4(x, torch.ones(x.shape[1]), torch.zeros(x.shape[1], 1), pad_size=1)
@@ -60,7 +60,7 @@ def comfy_int4(x: Tensor) -> Tensor:
 
 
 def comfy_convrot(x: Tensor) -> Tensor:
-    """int4 with one scale per row, behind a rotation of 256 channels, which is taken back."""
+    """int4 with one scale per row after a rotation of 256 channels, which is undone afterwards."""
     from comfy_kitchen.backends.eager.convrot_w4a4 import dequantize_convrot_w4a4_weight, quantize_convrot_w4a4_weight
 
     return dequantize_convrot_w4a4_weight(*quantize_convrot_w4a4_weight(x))
@@ -71,7 +71,7 @@ def nearest(rounding: Rounding, layer: Layer, fmt: str) -> PeerLayer:
 
 
 def llmcompressor_gptq(layer: Layer, fmt: str) -> PeerLayer:
-    """GPTQ with act-order and static groups, at the defaults of its quantization schemes; int4 with our groups of 64."""
+    """GPTQ with act-order and static groups, with the defaults of its schemes; int4 with our groups of 64."""
     from compressed_tensors.quantization import QuantizationArgs, fake_quantize
     from compressed_tensors.quantization.quant_scheme import MXFP4, NVFP4
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
@@ -93,7 +93,7 @@ def llmcompressor_gptq(layer: Layer, fmt: str) -> PeerLayer:
 
 
 def _llmcompressor_scales(x: Tensor, args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scale and zero point of each group [T, K/g] by smallest and largest value, and the tensor's scale where there is one."""
+    """Scale and zero point of each group [T, K/g] from its smallest and largest value, and the tensor scale if any."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     groups = x.unflatten(-1, (-1, args.group_size))
@@ -103,7 +103,7 @@ def _llmcompressor_scales(x: Tensor, args: Any) -> tuple[Tensor, Tensor, Tensor 
 
 @dataclass(frozen=True)
 class Peer:
-    """module: what has to be importable."""
+    """module: the module that must be importable."""
 
     module: str
     formats: tuple[str, ...]

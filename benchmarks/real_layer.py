@@ -1,13 +1,13 @@
-"""Seconds of one linear of Wan2.2-I2V-A14B through the pipeline's own recipe, where they go, and peers beside it.
+"""Seconds of the recipe on one linear of Wan2.2-I2V-A14B, by function, with peers for comparison.
 
-    python benchmarks/real_layer.py                          5120 x 5120 and ffn.down (13824 inputs, 5120 outputs), one thread
+    python benchmarks/real_layer.py                          5120 x 5120, and ffn.down (5120 x 13824); one thread
     python benchmarks/real_layer.py --layers 1024x1024       outputs x inputs
     python benchmarks/real_layer.py --svd                    also a full SVD of the first layer's weight: 160 s
 
-All of it: smoothing and rotation search, branch, GPTQ with act-order and the refits of the profile, clip search, on 2,048 search
-tokens of a seeded layer. Second moments are given, as stage capture makes them. Seconds are processor time, which with one
-thread is that of the clock on a quiet machine. Own seconds of a function leave out the functions of ours that it calls, so matrix
-products stand with the function that writes them.
+The recipe is all of smoothing and rotation search, low-rank branch, GPTQ with act-order and the refits of the
+profile, and clipping search, on 2,048 search tokens of a seeded layer. The Hessian is given, as stage capture makes
+it. Seconds are processor time, which with one thread is the wall time of a quiet machine. Own seconds of a function
+exclude our other functions that it calls, so a matrix product counts for the function that contains it.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from stepquant.quantize.quantized_layer import relative_error
 SEED = 100
 CALIBRATION = 16384  # tokens, at least one per column
 SHOWN = 12
-# What the profile calls torch's routines.
+# Names of torch's routines in the profile, and what they do here.
 ROUTINES = {
     "linalg_cholesky_ex": "Cholesky",
     "linalg_solve_triangular": "triangular solve",
     "linalg_svd": "SVD of the sketch",
     "linalg_qr": "QR of the sketch",
 }
-STEPS = {"factor_site": "smoothing, rotation, branch", "round_site": "GPTQ and refits", "clip_site": "clip"}
+PARTS = {"factor_site": "smoothing, rotation, branch", "round_site": "GPTQ and refits", "clip_site": "clipping search"}
 
 
 def make_layer(kind: str, outputs: int, inputs: int) -> Layer:
@@ -68,18 +68,18 @@ def error(quantized: object, layer: Layer) -> float:
 
 
 def show_profile(stats: pstats.Stats, seconds: float) -> None:
-    """Seconds of each step, then own seconds of the functions that took most."""
-    print("\n| step | seconds |\n|---|---|")
+    """Seconds of each part of the recipe, then own seconds of the slowest functions."""
+    print("\n| part | seconds |\n|---|---|")
     for (_, _, function), (_, _, _, cumulative, _) in sorted(stats.stats.items()):
-        if function in STEPS:
-            print(f"| {STEPS[function]} | {cumulative:.1f} |")
-    print("\n| own seconds of | calls | seconds | share |\n|---|---|---|---|")
+        if function in PARTS:
+            print(f"| {PARTS[function]} | {cumulative:.1f} |")
+    print("\n| own seconds of | calls | seconds | part |\n|---|---|---|---|")
     for name, (calls, spent) in sorted(own_seconds(stats).items(), key=lambda item: -item[1][1])[:SHOWN]:
         print(f"| {name} | {calls} | {spent:.1f} | {spent / seconds:.0%} |")
 
 
 def own_seconds(stats: pstats.Stats) -> dict[str, tuple[int, float]]:
-    """Calls and seconds of torch's decompositions by their names, and of every function of ours with all else that torch does for it."""
+    """Calls and seconds of torch's decompositions, and of each function of ours with torch's other work for it."""
     own: dict[str, tuple[int, float]] = {}
 
     def add(name: str, calls: int, spent: float) -> None:
@@ -113,9 +113,8 @@ def main() -> None:
     for i, shape in enumerate(options.layers):
         layer = make_layer(options.kind, *map(int, shape.split("x")))
         (quantized, stats), seconds = timed(lambda: profiled(layer, options.format))
-        print(
-            f"\n{layer.name}, {options.format}, {options.threads} threads\n\n| what | processor seconds | W4A4 error, held out |\n|---|---|---|"
-        )
+        print(f"\n{layer.name}, {options.format}, {options.threads} threads\n")
+        print("| what | processor seconds | W4A4 error, held out |\n|---|---|---|")
         print(f"| the pipeline | {seconds:.1f} | {error(quantized, layer):.4f} |")
         for peer in peers:
             rounded, spent = timed(lambda: PEERS[peer].quantize(layer, options.format))

@@ -1,7 +1,7 @@
-"""Recipes: from a layer and a format to a quantized layer. Ours are run by the pipeline's own stages.
+"""Recipes: from a layer and a format to a quantized layer. Ours call the same functions as the pipeline's stages.
 
-The others' are written anew from their descriptions, on this project's numerics, so that a difference in error is one of the method.
-Like ours they use the randomized SVD, which makes them several times faster than their own code.
+The recipes of others are implemented from their descriptions on this project's numerics, so that a difference in error
+is one of the method. Like ours they use the randomized SVD, which makes them several times faster than their own code.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from stepquant.quantize.alternate import make_problem, rounded_by_gptq
 from stepquant.quantize.clip import UNCLIPPED, ClipCandidate, choose_clip, clip_candidates, clip_errors
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
 from stepquant.quantize.quantized_layer import (
+    LayerSpec,
     QuantizedLayer,
     QuantScheme,
     fake_quantize_input,
@@ -28,7 +29,13 @@ from stepquant.quantize.quantized_layer import (
     low_rank_path,
     relative_error,
 )
-from stepquant.quantize.smooth import nearest_factors, round_to_nearest, search_transform, smoothing_factor
+from stepquant.quantize.smooth import (
+    TransformCandidates,
+    nearest_factors,
+    round_to_nearest,
+    search_transform,
+    smoothing_factor,
+)
 from stepquant.quantize.transform import InputTransform
 from stepquant.recipe.clip import clip_site
 from stepquant.recipe.factor import factor_site
@@ -44,33 +51,33 @@ REFINEMENTS = 10
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized layer: its factors, and the clip of the activations in each bin (one for all if there is one)."""
+    """A quantized layer: its factors, and the clip of the activations in each bin (a single one serves all bins)."""
 
     factors: QuantizedLayer
     clips: list[ClipCandidate] = field(default_factory=lambda: [UNCLIPPED])
 
     def outputs(self, x: Tensor, W: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of tokens x [T, K] of bin b: with quantized weights, with both quantized, with quantized activations alone; [T, N]."""
+        """Outputs [T, N] for tokens x [T, K] of bin b: with weights, with both, with activations alone quantized."""
         clip, factors, scheme = self.clips[b % len(self.clips)], self.factors, self.factors.scheme
         weights_only = replace(factors, scheme=replace(scheme, activation=None))
-        seen = fake_quantize_input(factors.transform.apply(x), scheme, clip.ratio, clip.exponent_offset)
+        rounded = fake_quantize_input(factors.transform.apply(x), scheme, clip.ratio, clip.exponent_offset)
         perfect = factors.transform.residual(W, factors.proj_down, factors.proj_up)
         return (
             layer_output(x, weights_only, 1.0, 0),
             layer_output(x, factors, clip.ratio, clip.exponent_offset),
-            seen @ perfect.T + low_rank_path(x, factors),
+            rounded @ perfect.T + low_rank_path(x, factors),
         )
 
 
 Recipe = Callable[[Layer, str], Quantized]
 
 
-# --- ours: the recipe's three steps on one layer --------------------------------------------------------------------------
+# --- ours: the three parts of the recipe on one layer ---
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the recipe's steps: those of the demo profile in a format, with some keys changed."""
+    """The settings of the recipe: those of the demo profile in a format, with some keys changed."""
 
     factor: FactorSettings
     round: RoundSettings
@@ -102,7 +109,7 @@ def pipeline(layer: Layer, fmt: str, **changes: dict[str, Any]) -> Quantized:
 
 
 def clipped(layer: Layer, settings: Settings, quantized: QuantizedLayer) -> Quantized:
-    """The finished layer, with the clips that its search chose."""
+    """The finished layer with the clips that its search selected."""
     table = clip_site(layer.W, quantized, layer.activations(), settings.clip)[0]
     return Quantized(
         quantized,
@@ -114,13 +121,13 @@ def changed(**changes: dict[str, Any]) -> Recipe:
     return partial(pipeline, **changes)
 
 
-# --- others' --------------------------------------------------------------------------------------------------------------
+# --- others' ---
 
 
 def rtn(layer: Layer, fmt: str) -> Quantized:
-    """Rounding to nearest, and nothing else."""
+    """Rounding to nearest alone."""
     ones = InputTransform.smoothing(torch.ones(layer.W.shape[1], dtype=torch.bfloat16))
-    return Quantized(nearest_factors(layer.W, ones, rank=0, seed=0, scheme=_scheme(fmt)))
+    return Quantized(nearest_factors(layer.W, ones, LayerSpec(0, 0, _scheme(fmt))))
 
 
 def svdquant(layer: Layer, fmt: str) -> Quantized:
@@ -130,19 +137,22 @@ def svdquant(layer: Layer, fmt: str) -> Quantized:
 
 
 def paper(layer: Layer, fmt: str) -> Quantized:
-    """arXiv 2605.27003: rank 16, alpha 0.5, weight scales by floor, GPTQ without act-order on quantized inputs, clip grid."""
+    """arXiv 2605.27003: rank 16, alpha 0.5, scales by floor, GPTQ without act-order on quantized inputs, clip grid."""
     activations, scheme = layer.activations(), replace(_scheme(fmt), weight_rounding="floor")
     smooth = smoothing_factor(activations.absmax.amax(0), layer.W.abs().amax(0), alpha=0.5, beta=0.5)
-    factors = nearest_factors(layer.W, InputTransform.smoothing(smooth), rank=16, seed=0, scheme=scheme)
+    factors = nearest_factors(layer.W, InputTransform.smoothing(smooth), LayerSpec(16, 0, scheme))
     factors = _rounded_by_gptq(layer, activations, factors, act_order=False)
-    candidates = clip_candidates([0.6, 0.7, 0.8, 0.9, 1.0], [-1, 0, 1], scheme.activation)
+    candidates = clip_candidates([0.6, 0.7, 0.8, 0.9, 1.0], [-1, 0, 1], scheme.activation_format)
     errors = clip_errors(activations.search, layer.W, factors, candidates)
     return Quantized(factors, [candidates[i] for i in choose_clip(errors).per_bin])
 
 
 def deepcompressor(layer: Layer, fmt: str) -> Quantized:
-    """The full recipe behind SVDQuant's checkpoints: a grid of 39 (alpha, beta) on the output error, ten refinements of the branch
-    against rounding to nearest with the best by output error kept, then GPTQ with act-order; all scales from absmax."""
+    """The full recipe of SVDQuant's checkpoints.
+
+    A grid of 39 (alpha, beta) on the output error, ten refinements of the branch against rounding to nearest, of which
+    the best by output error is kept, then GPTQ with act-order; all scales from absmax.
+    """
     activations, alphas = layer.activations(), [i / 20 for i in range(1, 21)]
     exponents = [(alpha, 1 - alpha) for alpha in alphas] + [(alpha, 0.0) for alpha in alphas[:-1]]
     factors = _smoothed_by_search(layer, activations, exponents, _scheme(fmt))
@@ -157,16 +167,16 @@ def _scheme(fmt: str) -> QuantScheme:
 def _smoothed_by_search(
     layer: Layer, activations: SiteStatistics, exponents: list[tuple[float, float]], scheme: QuantScheme
 ) -> QuantizedLayer:
-    """Smoothing by absmax with the best of some exponents, branch, and rounding to nearest."""
+    """Smoothing by absmax with the best of some exponents, a branch, and rounding to nearest."""
     magnitude = activations.absmax.amax(0)
-    nothing = torch.zeros(len(magnitude), dtype=torch.bfloat16)
-    x = torch.cat(activations.search)
-    found = search_transform(layer.W, x, magnitude, nothing, exponents, [0], rank=RANK, seed=0, scheme=scheme)
+    no_mean = torch.zeros(len(magnitude), dtype=torch.bfloat16)
+    x, candidates = torch.cat(activations.search), TransformCandidates(exponents, [0])
+    found = search_transform(layer.W, x, magnitude, no_mean, candidates, LayerSpec(RANK, 0, scheme))
     return round_to_nearest(layer.W, found.transform, found.proj_down, found.proj_up, scheme)
 
 
 def _refined_to_nearest(W: Tensor, x: Tensor, factors: QuantizedLayer) -> QuantizedLayer:
-    """Branch = SVD(W*s - Q), Q = nearest(W*s - branch), in turn; the one with the smallest output error on x [T, K]."""
+    """Alternates branch = SVD(W*s - Q) and Q = nearest(W*s - branch); keeps the smallest output error on x [T, K]."""
     reference, smooth, rank = x @ W.T, factors.transform.smooth, factors.proj_down.shape[1]
     tried = [factors]
     for _ in range(REFINEMENTS):
@@ -181,17 +191,17 @@ def _rounded_by_gptq(
 ) -> QuantizedLayer:
     """The same layer with its residual rounded by GPTQ for quantized inputs, scales from absmax.
 
-    Of real sites only the second moments of unquantized inputs are kept; there these have to do.
+    For real sites only the Hessian of unquantized inputs is stored, so it is used instead.
     """
     transform, scheme = factors.transform, factors.scheme
     if layer.calibration is None:
         H = transform.hessian(activations.hessian_about(transform.mean))
     else:
-        seen = fake_quantize_input(transform.apply(layer.calibration), scheme, 1.0, 0)
-        H = seen.T @ seen / len(seen)
+        rounded = fake_quantize_input(transform.apply(layer.calibration), scheme, 1.0, 0)
+        H = rounded.T @ rounded / len(rounded)
     problem = make_problem(layer.W, transform, H, None, damping=0.01, act_order=act_order)
     choose_scales = partial(weight_scales, scheme.weight, rounding=scheme.weight_rounding)
-    return rounded_by_gptq(problem, factors.proj_down, factors.proj_up, scheme, choose_scales)
+    return rounded_by_gptq(problem, (factors.proj_down, factors.proj_up), scheme, choose_scales)
 
 
 RECIPES: dict[str, Recipe] = {

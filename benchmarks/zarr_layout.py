@@ -1,11 +1,11 @@
 """How to lay out one block's activations in Zarr: seconds, memory and files of every candidate, on the real shapes.
 
-    python benchmarks/zarr_layout.py FOLDER                       one block of Wan2.2-I2V-A14B, 3 bins, 2,048 tokens a sample
+    python benchmarks/zarr_layout.py FOLDER       one block of Wan2.2-I2V-A14B, 3 bins, 2,048 tokens a sample
     python benchmarks/zarr_layout.py FOLDER --width 256 --ffn 1024
 
-Each layout writes and reads in processes of its own, so that peaks are its own; MD5 is what DVC spends on it.
-Columns: files; seconds to write, to hash and to read; peak resident MB of the writing and the reading process beyond the
-largest array itself.
+Each layout is written and read in processes of its own, so the peaks are its own; MD5 is what DVC computes.
+Columns: files; seconds to write, to hash and to read; peak resident MB of the writing and the reading process beyond
+the largest array itself.
 """
 
 import argparse
@@ -31,13 +31,13 @@ Specs = list[tuple[str, tuple[int, int], str]]  # name, shape, dtype
 
 
 def together(channels: int, tokens: int) -> Specs:
-    """A site as it is stored (calibration/activations.py)."""
+    """A site as it is stored (calibration/statistics_files.py)."""
     statistics = [("hessian", (channels, channels), "float32"), ("channels", (1 + 2 * BINS, channels), "float32")]
     return [*statistics, ("samples", (2 * BINS * tokens, channels), "uint16")]
 
 
 def by_bin(channels: int, tokens: int) -> Specs:
-    """The same with arrays of their own for every statistic, and for every sample of every bin."""
+    """The same with one array per statistic, and per sample of every bin."""
     statistics = [
         (name, (rows, channels), "float32")
         for name, rows in (("hessian", channels), ("shift", 1), ("absmax", BINS), ("mean", BINS))
@@ -101,7 +101,7 @@ def write(folder: Path, specs: Specs, layout: str, seconds: multiprocessing.Queu
 
 
 def normal(shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """Normal values, float32, or the bits of bfloat16 as uint16; drawn a slab at a time, so that drawing sets no peak."""
+    """Normal values, float32, or the bits of bfloat16 as uint16; drawn in slabs, which keeps the peak low."""
     generator, values = np.random.default_rng(0), np.empty(shape, dtype)
     for rows in range(0, len(values), SLAB):
         drawn = generator.standard_normal(values[rows : rows + SLAB].shape, dtype=np.float32)
@@ -155,10 +155,8 @@ def main() -> None:
         size, hashed = sum(p.stat().st_size for p in found) / 1e9, hash_files(store)
         got, read_peak = in_own_process(read, store, specs)
         peaks = [peak - baseline - largest for peak in (write_peak, read_peak)]
-        print(
-            f"| {layout} | {len(found)} | {size:.2f} | {written:.1f} | {hashed:.1f} | {got:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |",
-            flush=True,
-        )
+        cells = [f"{size:.2f}", *(f"{s:.1f}" for s in (written, hashed, got)), *(f"{peak:.0f}" for peak in peaks)]
+        print(f"| {layout} | {len(found)} | {' | '.join(cells)} |", flush=True)
         shutil.rmtree(store)
 
 

@@ -1,12 +1,14 @@
 """capture@E: replay the recorded calls of one expert block by block, and keep statistics per site and timestep bin.
 
-calibration/replay.py says how the work is cut. A shard of a block range is a unit that any worker can make; a block's statistics
-are a unit that ends up in the out. Shards are dropped once nothing needs them.
+calibration/replay.py describes how the work is divided. Two kinds of units run on the workers: a shard of the calls
+through a block range, and the merged statistics of one block, which are gathered into the out. Shards are removed when
+they are no longer needed.
 
-The size of a shard is a parameter, and does not follow from the number of workers, because sums depend on where they are
-cut: this way one worker and many give the same bytes, and a killed capture goes on inside a block range. The price is
-host memory for a shard's hidden states, 0.34 GB a call (480 x 832, 81 frames), and sums on disk, 1.4 GB per shard of a
-block that is 5120 wide; more blocks in a shard write hidden states less often, and lose more when killed.
+The shard size is a parameter and does not follow from the number of workers, because floating-point sums depend on
+where they are divided. So any number of workers gives the same bytes, and a killed capture continues inside a block
+range. The cost is host memory for a shard's hidden states, 0.34 GB per call (480 x 832, 81 frames), and sums on disk,
+1.4 GB per shard of a block that is 5120 wide. More blocks per range write hidden states less often, but lose more work
+when killed.
 """
 
 from functools import partial
@@ -35,8 +37,8 @@ READS = ("compute", "bins", "capture", "storage")
 def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """Replay one expert's recorded calls block by block and keep statistics of each site's input, per timestep bin.
 
-    Reads the params sections compute, bins (this expert's), capture and storage, artifacts/model and artifacts/trajectories.zarr.
-    Writes artifacts/activations/EXPERT.zarr.
+    Reads the params sections compute, bins (this expert's), capture and storage, artifacts/model and
+    artifacts/trajectories.zarr. Writes artifacts/activations/EXPERT.zarr.
     """
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         manifest = read_manifest(artifacts.MODEL)
@@ -59,7 +61,15 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 
 class Replay:
-    """The calls of one expert on their way through its blocks, as seen by the process that hands out the work."""
+    """Distributes the replay of one expert's calls: block range by block range, the shards of a range in parallel.
+
+    Args:
+        stage: the running stage.
+        manifest: the source model.
+        expert: name of the expert.
+        bins: the expert's bins.
+        block_ranges: all blocks, divided into ranges.
+    """
 
     def __init__(self, stage: Stage, manifest: ModelManifest, expert: str, bins: Bins, block_ranges: list[range]):
         trajectories, settings = Trajectories(artifacts.TRAJECTORIES), stage["capture"]
@@ -73,23 +83,33 @@ class Replay:
         self.work: Any = partial(Shard, expert, manifest, artifacts.TRAJECTORIES, stage["compute"], settings, bins)
 
     def statistics(self, n: int, executor: Executor, progress: Meter) -> dict[int, Unit]:
-        """The finished units of the statistics of the n-th block range; the range before it is made only if it has to be."""
+        """The statistics of a block range.
+
+        The shards of the range, and of the range before it, are computed only if statistics are missing.
+
+        Args:
+            n: index of the block range.
+            executor: runs the units.
+            progress: counts shards.
+
+        Returns:
+            The finished unit of every block of the range, by block index.
+        """
         keys = {
             i: self.stage.key(("compute", "capture", "storage"), block=i, **self.inputs) for i in self.block_ranges[n]
         }
-        found = {i: self.stage.units.find(key) for i, key in keys.items()}
-        if None in found.values():
-            folders = [unit.folder for unit in self._make_shards(n, executor, progress)]
-            for i, key in keys.items():
-                found[i] = self.stage.units.make(
-                    key, partial(add_up_shards, folders, block_name(i), self.stage["storage"].url)
-                )
-        else:
+        if all(self.stage.units.find(key) for key in keys.values()):
+            folders: list[Path] = []
             progress.skip(len(self.shards))
+        else:
+            folders = [unit.folder for unit in self._make_shards(n, executor, progress)]
+        url = self.stage["storage"].url
+        tasks = [Task(key, partial(add_up_shards, folders, block_name(i), url)) for i, key in keys.items()]
+        units = executor.map_units(self.stage.units, tasks, _Uncounted())
         for done in (n - 1, n) if n == len(self.block_ranges) - 1 else (n - 1,):
             for calls in self.shards if done >= 0 else ():
                 self.stage.units.drop(self._shard_key(done, calls))
-        return {i: unit for i, unit in found.items() if unit is not None}
+        return dict(zip(keys, units))
 
     def _make_shards(self, n: int, executor: Executor, progress: Meter) -> list[Unit]:
         """The finished shards of one block range, in the order of their calls."""
@@ -101,7 +121,7 @@ class Replay:
         return executor.map_units(self.stage.units, tasks, progress)
 
     def _outputs(self, n: int, executor: Executor, progress: Meter) -> list[Path | None]:
-        """Where each shard's outputs of a block range are, None before the first; the range is made again if they have been lost."""
+        """Folders with each shard's outputs of a block range, None before the first; lost ones are computed again."""
         if n < 0:
             return [None] * len(self.shards)
         found = [self.stage.units.find(self._shard_key(n, calls)) for calls in self.shards]
@@ -115,6 +135,19 @@ class Replay:
         return self.stage.key(
             ("compute", "capture"), shard_of=[blocks.start, blocks.stop], calls=[calls.start, calls.stop], **self.inputs
         )
+
+
+class _Uncounted:
+    """A meter for merging, which is short: counted among the shards it would spoil the estimate of the time left."""
+
+    def step(self) -> None:
+        pass
+
+    def skip(self, count: int) -> None:
+        pass
+
+    def extend(self, count: int) -> None:
+        pass
 
 
 if __name__ == "__main__":

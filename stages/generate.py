@@ -1,4 +1,4 @@
-"""generate@V: the same prompts, images and initial noise for every variant."""
+"""generate@V: samples the evaluation prompts with one variant. All variants get equal images and initial noise."""
 
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.compute.units import gather
-from stepquant.errors import UserError
+from stepquant.errors import MissingFile
 from stepquant.evaluate.video import write_video
 from stepquant.models.manifest import read_manifest
 from stepquant.models.prompts import Prompt, evaluation_prompts
@@ -50,17 +50,18 @@ def generate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
 
 
 class Sampler:
-    """One variant's pipeline, loaded when the first prompt that has no finished unit needs it."""
+    """The pipeline of one variant, loaded when the first prompt without a finished unit needs it."""
 
     def __init__(self, stage: Stage, variant: str):
+        """Raises MissingFile if the variant has not been packed."""
         self.stage, self.variant = stage, variant
         self.manifest = read_manifest(artifacts.MODEL)
         if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
-            raise UserError(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
+            raise MissingFile(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
         self.weights = self.manifest.files if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
 
     def write(self, prompt: Prompt, folder: Path) -> None:
-        """Sample one prompt; frames [F, 3, H, W] in 0..1 become the file's uint8 [F, H, W, 3]."""
+        """Sample one prompt and write its frames, converted to uint8, as `video.mp4`."""
         frames = sample(
             self.pipe,
             self.stage["sampling"],
@@ -75,6 +76,7 @@ class Sampler:
 
     @cached_property
     def pipe(self) -> Any:
+        """The pipeline: the source's for the reference variant, else that of the packed folder."""
         compute, sampling = self.stage["compute"], self.stage["sampling"]
         if self.variant == REFERENCE:
             return source_pipeline(self.manifest, compute, sampling)

@@ -1,4 +1,4 @@
-"""model: find the source pipeline and describe it. Loads no weights."""
+"""model: find the source pipeline and describe it, without loading weights."""
 
 from pathlib import Path
 
@@ -21,9 +21,8 @@ def model(params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params) as stage:
         source = stage["model"]
         folder = resolve_source(source.source, source.revision)
-        write_text(
-            artifacts.MODEL, to_json(describe_source(folder, source.source, source.revision).model_dump(mode="json"))
-        )
+        manifest = describe_source(folder, source.source, source.revision)
+        write_text(artifacts.MODEL, to_json(manifest.model_dump(mode="json")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""pack@V: assemble a variant (recipe/variants.py) from the cached factors and write it as a loadable diffusers checkpoint."""
+"""pack@V: writes a variant (recipe/variants.py) as a diffusers checkpoint, from the files of lowrank, gptq and clip."""
 
 import shutil
 from collections.abc import Iterator
@@ -48,9 +48,10 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
 
 
 class Packer:
-    """One expert on its way into a checkpoint, block by block."""
+    """Packs one expert of a variant, block by block."""
 
     def __init__(self, variant: Variant, stage: Stage, manifest: ModelManifest, expert: str):
+        """Read what the variant needs to know in advance: rank, mean subtraction and bin edges. Checks shapes."""
         self.variant, self.described = variant, manifest.expert(expert)
         self.scheme = quant_scheme(stage["format"])
         self.model = open_expert(manifest, expert, stage["compute"])
@@ -69,8 +70,9 @@ class Packer:
         self.edges = tuple(clip["bin_edges"])
 
     def settings(self) -> QuantizationSettings:
-        """What config.json says about this expert."""
-        targets, rotations = [], {}
+        """The quantization_config of this expert."""
+        targets: list[str] = []
+        rotations: dict[str, int] = {}
         for index, site in product(range(self.described.blocks), WAN_SITES):
             names = [f"blocks.{index}.{linear}" for linear in site.linears]
             rotation = self._block(index).transform_factors(site).rotation if self.variant.low_rank else 0
@@ -89,10 +91,10 @@ class Packer:
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:
-        """Every block's packed linears, made when asked for."""
+        """Index and packed linears of every block, computed one block at a time."""
         for index in track(range(self.described.blocks), f"pack {self.described.subfolder}"):
             block = self._block(index)
-            packed = {}
+            packed: dict[str, PackedLinear] = {}
             for site in WAN_SITES:
                 packed |= {f"blocks.{index}.{path}": linear for path, linear in self._pack_site(block, site).items()}
             yield index, packed

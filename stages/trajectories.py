@@ -1,4 +1,4 @@
-"""trajectories: sample the calibration prompts with the source model and record what its experts were given."""
+"""trajectories: sample the calibration prompts with the source model and record the inputs of its experts."""
 
 from functools import cache
 from pathlib import Path
@@ -19,16 +19,15 @@ READS = ("compute", "sampling", "trajectories", "storage")
 
 @command
 def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
-    """Sample the calibration prompts and record every call of a denoiser; the only stage that samples the source model.
+    """Sample the calibration prompts with the source model and record every call of a denoiser.
 
     Reads the params sections compute, sampling, trajectories and storage. Writes artifacts/trajectories.zarr.
     """
     with open_stage(__file__, READS, params) as stage:
         manifest = read_manifest(artifacts.MODEL)
         prompts = recorded_prompts(stage["trajectories"])
-        pipe = cache(
-            lambda: source_pipeline(manifest, stage["compute"], stage["sampling"])
-        )  # not loaded when every unit is there
+        # Loaded on first use: not at all if every unit is finished.
+        pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))
         units = {}
         for prompt in track(prompts, "trajectories"):
             key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.device_fixture import device  # noqa: F401 (a fixture)
 from tests.once import once
 from tests.workspace import Workspace, make_workspace, ray_folder
 

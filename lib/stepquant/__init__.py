@@ -1,25 +1,57 @@
 """Timestep-aware W4A4 quantization of image-to-video diffusion transformers.
 
     import stepquant, torch
-    pipe = stepquant.load_pipeline("wan2.2-i2v-w4a4", dtype=torch.bfloat16, device="cuda")
 
-To load with diffusers alone, call `stepquant.register()` once; after it, `from_pretrained` of pipelines and
-transformers reads stepquant folders. Importing stepquant stays quick: torch and diffusers come with the first use.
+    pipe = stepquant.load_pipeline("artifacts/checkpoints/full", dtype=torch.bfloat16)
+    pipe.enable_model_cpu_offload()
+
+To load with diffusers alone, call `stepquant.register()` once. After that, `from_pretrained` of diffusers' pipelines
+and models reads stepquant checkpoints. `import stepquant` is quick: torch and diffusers are imported at first use.
 """
 
-_LAZY = {
-    "load_pipeline": "stepquant.checkpoint.pipeline",
-    "register": "stepquant.checkpoint.quantizer",
-}
+__version__ = "0.1.0"
 
+__all__ = [
+    "DamagedFile",
+    "InvalidInput",
+    "MissingFile",
+    "OutOfMemory",
+    "StepquantError",
+    "UnsupportedCheckpoint",
+    "UserError",
+    "__version__",
+    "load_pipeline",
+    "register",
+]
 
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module 'stepquant' has no attribute {name!r}")
-    from importlib import import_module
+# Where a name of __all__ is defined; the errors are in stepquant.errors.
+_HOMES = {"load_pipeline": "stepquant.checkpoint.pipeline", "register": "stepquant.checkpoint.quantizer"}
 
-    return getattr(import_module(_LAZY[name]), name)
+# Type checkers take this name for true. It is not imported from typing, because a module without imports at its top
+# level is left out of the code version of every stage (storage/code_version.py).
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stepquant.checkpoint.pipeline import load_pipeline
+    from stepquant.checkpoint.quantizer import register
+    from stepquant.errors import (
+        DamagedFile,
+        InvalidInput,
+        MissingFile,
+        OutOfMemory,
+        StepquantError,
+        UnsupportedCheckpoint,
+        UserError,
+    )
+
+else:  # hidden from type checkers, which would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'stepquant' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES.get(name, "stepquant.errors")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

@@ -1,74 +1,16 @@
-import itertools
+"""The statistics of one shard with all calls, against float64 sums over its tokens."""
 
-import numpy as np
 import pytest
 import torch
 
 from stepquant.calibration import observer
-from stepquant.calibration.observer import SiteObserver, merge_shards, plan_sampling
-from stepquant.calibration.statistics_files import read_statistics, site_folder
-from stepquant.calibration.trajectories import Call
+from stepquant.calibration.observer import SiteObserver
 from stepquant.errors import UserError
-from stepquant.models.bins import Bins
 from stepquant.storage.zarr_groups import open_group
-
-TOKENS, CHANNELS = 10, 6
-BINS = Bins((1000.0, 900.0, 500.0, 0.0))
-# Four steps in bin 1 but one in bin 0 and one in bin 2, so that equal weights of calls and of bins differ.
-TIMES = [950.0, 900.0, 800.0, 700.0, 600.0, 300.0]
-SPLITS = {"dog": "calibration", "car": "calibration", "fox": "validation", "cat": "heldout"}
-CALLS = [Call(p, SPLITS[p], step, branch, t) for p in SPLITS for step, t in enumerate(TIMES) for branch in (0, 1)]
-SAMPLES = {"calibration": 7, "validation": 4, "heldout": 5}
+from tests.calibration.calls import BIN_OF, BINS, CALLS, CHANNELS, collect, make_plan, rows_in, same_samples, tokens_of
 
 
-@pytest.fixture
-def x():
-    """The site's input in every call, [calls, TOKENS, CHANNELS]: no two tokens are equal."""
-    return torch.randn(len(CALLS), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def text():
-    """The input of a site that does not depend on t: the same at every step, by prompt and branch."""
-    generator = torch.Generator().manual_seed(1)
-    by_prompt = {key: torch.randn(TOKENS, CHANNELS, generator=generator) for key in itertools.product(SPLITS, (0, 1))}
-    return torch.stack([by_prompt[call.prompt, call.branch] for call in CALLS])
-
-
-def collect(folder, x, bins, chunk, seed=0, samples=SAMPLES, shard=len(CALLS), stride=1):
-    """Run the calls through SiteObserver in shards of chunks, add up, write, and read back."""
-    plan = plan_sampling(CALLS, bins, TOKENS, samples, seed, stride=stride)
-    shards = []
-    for first in range(0, len(CALLS), shard):
-        site = SiteObserver(CHANNELS, plan, "cpu", "low_noise block 0 attn1.qkv")
-        calls = range(len(CALLS))[first : first + shard]
-        for start in range(calls.start, calls.stop, chunk):
-            positions = range(start, min(start + chunk, calls.stop))
-            site.observe(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
-        shards.append(site.tensors())
-    merge_shards(folder, shards)
-    return read_statistics(folder, "cpu")
-
-
-def tokens_of(x, split, b):
-    """All tokens of a split in a bin, float64: bin 0 is t > 900, bin 2 is t <= 500."""
-    bin_of = [0 if c.t > 900 else 1 if c.t > 500 else 2 for c in CALLS]
-    return torch.cat([x[i] for i, c in enumerate(CALLS) if c.split == split and bin_of[i] == b]).double()
-
-
-def rows_in(sample, tokens):
-    """For each row of the sample, which row of the tokens it is; each row must be found exactly once."""
-    equal = (sample.double()[:, None] == tokens[None]).all(-1)
-    assert torch.equal(equal.sum(1), torch.ones(len(sample), dtype=torch.int64))
-    return equal.int().argmax(1).tolist()
-
-
-def same_samples(a, b) -> bool:
-    pairs = zip(a.search + a.validation + a.heldout, b.search + b.validation + b.heldout, strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
-def test_the_second_moment_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x):
+def test_the_hessian_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x):
     found = collect(tmp_path, x, BINS, chunk=5)
     per_bin = [tokens_of(x, "calibration", b) for b in range(3)]
     assert [len(tokens) for tokens in per_bin] == [40, 160, 40]
@@ -77,8 +19,8 @@ def test_the_second_moment_is_the_mean_over_bins_of_each_bin_s_mean(tmp_path, x)
     assert found.hessian.dtype == torch.float32
 
 
-def test_second_moments_about_a_point(tmp_path, x):
-    """Also where the mean is 10,000 times the spread, which float32 squares would not survive."""
+def test_the_hessian_about_a_point(tmp_path, x):
+    """Also if the mean is 10,000 times the spread, where float32 sums of x xᵀ would be useless."""
     x = x + 1e4
     found = collect(tmp_path, x, BINS, chunk=5)
     point = found.mean.mean(0) + 0.1
@@ -88,7 +30,7 @@ def test_second_moments_about_a_point(tmp_path, x):
     assert torch.allclose(found.variance_about(point).double(), expected.diagonal(), rtol=0, atol=2e-3)
 
 
-def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypatch):
+def test_uneven_panels_and_slabs_change_nothing(tmp_path, x, monkeypatch):
     """Six channels in panels of 4 and 2, ten tokens in slabs of 4, 4 and 2."""
     whole = collect(tmp_path / "whole", x, BINS, chunk=5)
     monkeypatch.setattr(observer, "PANEL", 4)
@@ -99,17 +41,38 @@ def test_panels_and_slabs_that_end_unevenly_change_nothing(tmp_path, x, monkeypa
     assert same_samples(cut, whole)
 
 
-def test_what_a_gpu_may_do_with_products_is_put_back(tmp_path, x, monkeypatch):
-    """TF32 for bfloat16 inputs alone, and only meanwhile."""
-    allowed = []
-    monkeypatch.setattr(
-        torch.Tensor, "addmm_", lambda self, *args, **kwargs: allowed.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
-    )
-    for dtype in (torch.bfloat16, torch.float32):
-        collect(tmp_path / str(dtype), x.to(dtype), BINS, chunk=5)
-        assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    half = len(allowed) // 2
-    assert allowed == [True] * half + [False] * half
+@pytest.fixture
+def matmul():
+    """torch's settings of products on a GPU, which the test may change."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "tf32"), (torch.float32, "ieee")])
+def test_the_precision_of_products_is_set_and_restored(x, matmul, monkeypatch, before, dtype, expected):
+    """Also if another module has set it: reading the older allow_tf32 would then raise."""
+    matmul.fp32_precision = before
+    used = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *_, **__: used.append(matmul.fp32_precision))
+    site = SiteObserver(CHANNELS, make_plan(), "cpu", "low_noise block 0 attn1.qkv")
+    site.observe(x.to(dtype), CALLS, range(len(CALLS)))
+    assert set(used) == {expected}
+    assert matmul.fp32_precision == before
+
+
+def test_the_precision_of_products_is_restored_after_a_failure(x, matmul, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    matmul.fp32_precision = "ieee"
+    monkeypatch.setattr(torch.Tensor, "addmm_", fail)
+    site = SiteObserver(CHANNELS, make_plan(), "cpu", "low_noise block 0 attn1.qkv")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        site.observe(x.bfloat16(), CALLS, range(len(CALLS)))
+    assert matmul.fp32_precision == "ieee"
 
 
 def test_absmax_and_mean_are_per_bin(tmp_path, x):
@@ -122,10 +85,10 @@ def test_absmax_and_mean_are_per_bin(tmp_path, x):
 
 
 @pytest.mark.parametrize("split", ["validation", "heldout"])
-def test_what_is_not_calibration_enters_nothing_but_its_own_sample(tmp_path, x, split):
+def test_other_splits_contribute_to_their_own_sample_only(tmp_path, x, split):
     before = collect(tmp_path / "before", x, BINS, chunk=5)
     changed = [i for i, call in enumerate(CALLS) if call.split == split]
-    x[changed] = 1000 + torch.rand(len(changed), TOKENS, CHANNELS, generator=torch.Generator().manual_seed(9))
+    x[changed] = 1000 + torch.rand(len(changed), *x.shape[1:], generator=torch.Generator().manual_seed(9))
     after = collect(tmp_path / "after", x, BINS, chunk=5)
     for name in ("hessian", "absmax", "mean"):
         assert torch.equal(getattr(after, name), getattr(before, name))
@@ -135,28 +98,7 @@ def test_what_is_not_calibration_enters_nothing_but_its_own_sample(tmp_path, x, 
         assert getattr(after, split)[b].min() >= 1000
 
 
-def test_samples_are_tokens_of_their_split_and_bin_without_replacement(tmp_path, x):
-    found = collect(tmp_path, x, BINS, chunk=5)
-    for b in range(3):
-        for split, sample in {
-            "calibration": found.search[b],
-            "validation": found.validation[b],
-            "heldout": found.heldout[b],
-        }.items():
-            rows = rows_in(sample, tokens_of(x, split, b))
-            assert len(rows) == len(set(rows)) == SAMPLES[split]
-
-
-def test_a_sample_larger_than_the_bin_is_the_whole_bin(tmp_path, x):
-    found = collect(tmp_path, x, BINS, chunk=5, samples={"calibration": 100, "validation": 10_000, "heldout": 10_000})
-    for b, size in enumerate((40, 100, 40)):
-        assert len(found.search[b]) == size
-        assert sorted(rows_in(found.heldout[b], tokens_of(x, "heldout", b))) == list(
-            range(len(tokens_of(x, "heldout", b)))
-        )
-
-
-def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
+def test_chunks_of_any_size_give_the_same_bytes(tmp_path, x):
     results = [collect(tmp_path / str(chunk), x, BINS, chunk) for chunk in (1, 5, len(CALLS))]
     for other in results[1:]:
         for name in ("hessian", "absmax", "mean"):
@@ -164,38 +106,17 @@ def test_nothing_depends_on_how_calls_are_chunked(tmp_path, x):
         assert same_samples(other, results[0])
 
 
-@pytest.mark.parametrize("shard", [1, 5, 12, 30])
-@pytest.mark.parametrize("offset", [0, 1e4])
-def test_shares_add_up_to_the_whole(tmp_path, x, shard, offset):
-    """Whatever is not a sum is equal, and sums agree to rounding, also where the mean is 10,000 times the spread.
+def test_a_stride_sums_every_third_token(tmp_path, x):
+    """Calls 0, 3, ... of the first prompt sum tokens 0, 3, 6, 9; in the second prompt calls 2, 5, ... do.
 
-    The last 24 calls are no calibration: among the shards of 1, 5 and 12 are some without a calibration token.
+    Samples and absmax use all tokens.
     """
-    x = x + offset
-    whole, found = (
-        collect(tmp_path / "whole", x, BINS, chunk=5),
-        collect(tmp_path / "shards", x, BINS, chunk=5, shard=shard),
-    )
-    assert same_samples(found, whole)
-    for name in ("shift", "absmax"):
-        assert torch.equal(getattr(found, name), getattr(whole, name))
-    assert open_group(tmp_path / "shards").attrs["tokens"] == [40, 160, 40]
-    assert torch.allclose(found.mean, whole.mean, rtol=2e-7, atol=1e-6)
-    assert torch.allclose(found.hessian, whole.hessian, rtol=0, atol=2e-6 if offset == 0 else 4e-3)
-
-
-def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path, x):
-    """Of ten tokens calls 0, 3, ... take 0, 3, 6, 9, calls 1, 4, ... take 1, 4, 7; samples and the largest magnitudes are of all."""
-    whole, found = (
-        collect(tmp_path / "whole", x, BINS, chunk=5),
-        collect(tmp_path / "third", x, BINS, chunk=5, shard=7, stride=3),
-    )
-    bin_of = [0 if c.t > 900 else 1 if c.t > 500 else 2 for c in CALLS]
-    taken = [
-        [x[i][i % 3 :: 3].double() for i, c in enumerate(CALLS) if c.split == "calibration" and bin_of[i] == b]
-        for b in range(3)
+    whole = collect(tmp_path / "whole", x, BINS, chunk=5)
+    found = collect(tmp_path / "third", x, BINS, chunk=5, shard=7, stride=3)
+    first = [i % 3 for i in range(12)] + [(i + 1) % 3 for i in range(12)]
+    per_bin = [
+        torch.cat([x[i][offset::3].double() for i, offset in enumerate(first) if BIN_OF[i] == b]) for b in range(3)
     ]
-    per_bin = [torch.cat(tokens) for tokens in taken]
     assert open_group(tmp_path / "third").attrs["tokens"] == [len(tokens) for tokens in per_bin]
     assert torch.allclose(found.mean.double(), torch.stack([tokens.mean(0) for tokens in per_bin]), rtol=0, atol=1e-6)
     expected = sum(tokens.T @ tokens / len(tokens) for tokens in per_bin) / 3
@@ -204,43 +125,10 @@ def test_a_stride_sums_every_third_token_from_another_one_in_each_call(tmp_path,
     assert same_samples(found, whole)
 
 
-def test_a_site_without_t_sums_every_token_whatever_the_stride(tmp_path, text):
-    whole, found = (
-        collect(tmp_path / "whole", text, None, chunk=5),
-        collect(tmp_path / "third", text, None, chunk=5, stride=3),
-    )
+def test_a_site_without_t_sums_every_token_at_any_stride(tmp_path, text):
+    whole = collect(tmp_path / "whole", text, None, chunk=5)
+    found = collect(tmp_path / "third", text, None, chunk=5, stride=3)
     assert torch.equal(found.hessian, whole.hessian) and torch.equal(found.mean, whole.mean)
-
-
-def test_shares_of_a_site_without_t(tmp_path, text):
-    """Only the first of its shards holds anything new."""
-    whole, found = (
-        collect(tmp_path / "whole", text, None, chunk=4),
-        collect(tmp_path / "shards", text, None, chunk=4, shard=4),
-    )
-    assert torch.allclose(found.hessian, whole.hessian, rtol=0, atol=1e-6)
-    assert torch.equal(found.search[0], whole.search[0]) and torch.equal(found.heldout[0], whole.heldout[0])
-
-
-def test_the_choice_follows_the_seed():
-    def chosen(seed):
-        plan = plan_sampling(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1)
-        return [rows.tolist() for rows in plan.rows]
-
-    assert chosen(3) == chosen(3) != chosen(4)
-
-
-def test_every_token_is_as_likely_as_any_other():
-    """20 x 20 draws of 7 out of 40 in bin 0, calibration: each call should get a quarter. 700 +- 5 deviations of about 22."""
-    members = [i for i, c in enumerate(CALLS) if c.split == "calibration" and c.t > 900]
-    drawn = np.array(
-        [
-            [len(plan_sampling(CALLS, BINS, TOKENS, SAMPLES, seed, stride=1).rows[i]) for i in members]
-            for seed in range(400)
-        ]
-    ).sum(0)
-    assert drawn.sum() == 400 * 7
-    assert np.abs(drawn - 700).max() < 110
 
 
 def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
@@ -248,9 +136,8 @@ def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
     once = {(c.prompt, c.branch): text[i].double() for i, c in enumerate(CALLS)}
     tokens = torch.cat([once[p, branch] for p in ("dog", "car") for branch in (0, 1)])
     assert open_group(tmp_path).attrs["tokens"] == [40]
-    assert torch.allclose(
-        found.hessian_about(torch.zeros(CHANNELS)).double(), tokens.T @ tokens / 40, rtol=0, atol=1e-6
-    )
+    hessian = found.hessian_about(torch.zeros(CHANNELS)).double()
+    assert torch.allclose(hessian, tokens.T @ tokens / 40, rtol=0, atol=1e-6)
     assert torch.equal(found.absmax.double(), tokens.abs().amax(0)[None])
     assert torch.allclose(found.mean.double(), tokens.mean(0)[None], rtol=0, atol=1e-6)
     assert len(found.search) == len(found.heldout) == 1
@@ -258,59 +145,44 @@ def test_a_site_without_t_counts_each_prompt_and_branch_once(tmp_path, text):
     assert len(set(rows_in(found.heldout[0], torch.cat([once["cat", 0], once["cat", 1]])))) == 5
 
 
-def test_bfloat16_samples_stay_what_they_were(tmp_path, x):
+def test_bfloat16_samples_are_stored_as_bfloat16(tmp_path, x):
     x = x.bfloat16()
     found = collect(tmp_path, x, BINS, chunk=5)
     rows_in(found.search[1], tokens_of(x, "calibration", 1))
     assert open_group(tmp_path)["samples"].dtype == "uint16"
     tokens = [tokens_of(x, "calibration", b) for b in range(3)]
-    assert torch.allclose(
-        found.hessian_about(torch.zeros(CHANNELS)).double(),
-        sum(t.T @ t / len(t) for t in tokens) / 3,
-        rtol=0,
-        atol=1e-6,
-    )
+    hessian = found.hessian_about(torch.zeros(CHANNELS)).double()
+    assert torch.allclose(hessian, sum(t.T @ t / len(t) for t in tokens) / 3, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_or_inf_is_refused_with_its_place(bad, x):
-    site = SiteObserver(
-        CHANNELS, plan_sampling(CALLS, BINS, TOKENS, SAMPLES, 0, stride=1), "cpu", "low_noise block 3 ffn.up"
-    )
-    x[2, 4, 1] = bad
+def test_nan_or_inf_is_refused_and_the_first_call_is_named(bad, x):
+    site = SiteObserver(CHANNELS, make_plan(), "cpu", "low_noise block 3 ffn.up")
+    x[2, 4, 1] = x[3, 0, 0] = x[30, 0, 0] = bad
+    for positions in (range(4), range(4, len(CALLS))):
+        site.observe(x[positions.start : positions.stop], [CALLS[i] for i in positions], positions)
     with pytest.raises(UserError) as caught:
-        site.observe(x[:4], CALLS[:4], range(4))
+        site.tensors()
     place = "low_noise block 3 ffn.up (prompt dog, t = 900)"
-    assert (
-        str(caught.value)
-        == f"{place}: NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
-    )
+    reason = "NaN or Inf in a calibration activation; check the model, or use another compute.dtype"
+    assert str(caught.value) == f"{place}: {reason}"
 
 
-def test_a_bin_that_no_step_falls_into_is_refused():
-    with pytest.raises(UserError) as caught:
-        plan_sampling(CALLS, Bins((1000.0, 990.0, 0.0)), TOKENS, SAMPLES, 0, stride=1)
-    assert str(caught.value).startswith(
-        "bins: no recorded calibration step has t in bin 0, (990, 1000]; use fewer or wider bins"
-    )
+def test_nan_in_another_split_is_refused(x):
+    site = SiteObserver(CHANNELS, make_plan(), "cpu", "low_noise block 3 ffn.up")
+    x[30, 0, 0] = float("nan")
+    site.observe(x, CALLS, range(len(CALLS)))
+    with pytest.raises(UserError, match=r"\(prompt fox, t = 700\): NaN or Inf"):
+        site.tensors()
 
 
-def test_a_split_without_calls_is_refused():
-    calls = [call for call in CALLS if call.split != "heldout"]
-    with pytest.raises(UserError, match="trajectories: no call of split 'heldout'"):
-        plan_sampling(calls, None, TOKENS, SAMPLES, 0, stride=1)
-    with pytest.raises(UserError, match="bins: no recorded heldout step has t in bin 0"):
-        plan_sampling(calls, BINS, TOKENS, SAMPLES, 0, stride=1)
-
-
-def test_a_site_is_three_arrays_of_one_file(tmp_path, x):
-    """40 blocks of 7 sites, with the metadata of each array and group, are 1,960 files."""
-    collect(tmp_path, x, BINS, chunk=5)
-    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    arrays = ("channels", "samples", "hessian")
-    assert found == {"zarr.json", *(f"{name}/zarr.json" for name in arrays), *(f"{name}/c/0/0" for name in arrays)}
-    assert 40 * 7 * len(found) == 1960
-
-
-def test_where_a_site_lies(tmp_path):
-    assert site_folder(tmp_path, 3, "attn1.qkv") == tmp_path / "block_03" / "attn1.qkv"
+def test_observing_reads_nothing_back_from_the_device():
+    """The meta device has no values: a copy to the host, or a decision that depends on a value, would raise."""
+    x = torch.empty(len(CALLS), 10, CHANNELS, device="meta")
+    site = SiteObserver(CHANNELS, make_plan(stride=3), x.device, "low_noise block 0 attn1.qkv")
+    site.observe(x, CALLS, range(len(CALLS)))
+    assert site.tokens == [
+        sum(10 // 3 + ((i // 12 + i) % 3 == 0) for i in range(24) if BIN_OF[i] == b) for b in range(3)
+    ]
+    for sums in (site.hessian, site.first_moment, site.absmax, site.total):
+        assert sums.device == x.device

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from stepquant.calibration.replay import replay_block, site_inputs
+from stepquant.calibration import replay
+from stepquant.calibration.replay import BlockObservers, replay_block, site_inputs
 from stepquant.models.denoiser import Denoiser, block_inputs
 from stepquant.models.sites import WAN_SITES
 from tests.wan import BLOCKS, load_expert, random_calls, save_expert
@@ -26,12 +29,12 @@ def whole_model(folder, calls):
     """Every block's output, and the input of every linear in every block, from diffusers' own forward."""
     model = load_expert(folder, torch.float32)
     outputs, linears = [], [{} for _ in range(BLOCKS)]
-    for block, seen in zip(model.blocks, linears):
+    for block, inputs in zip(model.blocks, linears):
         block.register_forward_hook(lambda module, args, output: outputs.append(output))
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(
-                    lambda module, args, seen=seen, name=name: seen.update({name: args[0]})
+                    lambda module, args, inputs=inputs, name=name: inputs.update({name: args[0]})
                 )
     model(**calls)
     return outputs, linears
@@ -53,18 +56,18 @@ def test_block_by_block_gives_what_the_whole_model_gives(folder, size):
             (p, block_inputs(prologue, **{k: v[s] for k, v in calls.items()})) for p, s in batches(lambda s: s, size)
         ]
     for index in range(BLOCKS):
-        seen = {site.name: [] for site in WAN_SITES}
+        observed = {site.name: [] for site in WAN_SITES}
 
-        def see(site, x, positions, seen=seen):
+        def observe(site, x, positions, observed=observed):
             assert len(x) == len(positions)
-            seen[site].append(x)
+            observed[site].append(x)
 
-        replayed = list(replay_block(denoiser.block(index), WAN_SITES, first, see))
+        replayed = list(replay_block(denoiser.block(index), WAN_SITES, first, observe))
         assert [positions for positions, _ in replayed] == [positions for positions, _ in first]
         assert close(torch.cat([output for _, output in replayed]), outputs[index])
         for site in WAN_SITES:
             for linear in site.linears:
-                assert close(torch.cat(seen[site.name]), linears[index][linear])
+                assert close(torch.cat(observed[site.name]), linears[index][linear])
         first = [(p, inputs.with_hidden_states(output)) for (p, inputs), (_, output) in zip(first, replayed)]
 
 
@@ -89,10 +92,10 @@ def test_hooks_are_gone_afterwards_even_after_a_failure(folder):
 
 
 def test_the_input_of_the_text_does_not_depend_on_t(folder):
-    """attn2.kv has one clip for all bins because of this; every other site sees another input at another t."""
+    """attn2.kv has one clip for all bins because of this; every other site has another input at another t."""
     calls = random_calls(1, torch.float32)
     denoiser = Denoiser(folder, "cpu", torch.float32)
-    seen = []
+    observed = []
     with torch.no_grad():
         prologue, block = denoiser.prologue(), denoiser.block(0)
         for t in (1000.0, 500.0):
@@ -101,6 +104,23 @@ def test_the_input_of_the_text_does_not_depend_on_t(folder):
             list(
                 replay_block(block, WAN_SITES, [(range(1), inputs)], lambda site, x, positions: found.update({site: x}))
             )
-            seen.append(found)
-    same = {site.name: torch.equal(seen[0][site.name], seen[1][site.name]) for site in WAN_SITES}
+            observed.append(found)
+    same = {site.name: torch.equal(observed[0][site.name], observed[1][site.name]) for site in WAN_SITES}
     assert same == {site.name: not site.depends_on_timestep for site in WAN_SITES}
+
+
+def test_sums_are_on_the_device_of_the_input(monkeypatch):
+    """Index included. Failed before: the sums of an input on cuda:1 were on cuda:0."""
+    devices = []
+
+    class Observer:
+        def __init__(self, channels, plan, device, where):
+            devices.append(device)
+
+        def observe(self, x, calls, positions):
+            pass
+
+    monkeypatch.setattr(replay, "SiteObserver", Observer)
+    observers = BlockObservers(SimpleNamespace(expert="low_noise"), 0, [], {"ffn.up": None})
+    observers.observe("ffn.up", SimpleNamespace(shape=(2, 10, 6), device=torch.device("cuda:1")), range(0))
+    assert devices == [torch.device("cuda:1")]

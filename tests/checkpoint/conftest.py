@@ -70,7 +70,7 @@ def make_settings(subfolder, weight_format, activation_format, rank):
 
 
 def quantize(W, bias, settings, rotation, seed):
-    """Random smoothing and mean, an SVD branch and round to nearest: crude numbers, but every tensor of the layout is busy."""
+    """Random smoothing and mean, an SVD branch, round to nearest: crude, but every tensor of the layout is used."""
     fmt = get_format(settings.weight_format)
     generator = torch.Generator().manual_seed(seed)
     smooth = (0.5 + torch.rand(W.shape[1], generator=generator)).bfloat16()

@@ -40,7 +40,7 @@ def test_tensor_scale():
     assert packed.wtscale.dtype == torch.bfloat16 and packed.wtscale.tolist() == [2**-7]
     assert packed.wcscales.dtype == torch.bfloat16 and packed.wcscales.tolist() == [1.0, 1.0]
     packed.check(QuantizationSettings("nvfp4", None, "ceil", 0, False, {}, (1000.0, 0.0), ("a",)), N=2, K=16)
-    with pytest.raises(ValueError, match="no bfloat16 value"):
+    with pytest.raises(ValueError, match="not a bfloat16 value"):
         pack_linear(codes, Scales(group, torch.tensor(1 / 3)), smooth)
 
 

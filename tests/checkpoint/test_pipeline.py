@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 import stepquant
 from stepquant.checkpoint.writer import write_checkpoint
-from stepquant.errors import UserError
+from stepquant.errors import DamagedFile, MissingFile, UnsupportedCheckpoint
 from stepquant.runtime.linear import W4A4Linear
 
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
@@ -58,11 +59,28 @@ def test_makes_a_video(checkpoint, dtype):
     )
     linears = [expert.blocks[1].ffn.net[2] for expert in (pipe.transformer, pipe.transformer_2)]
     for linear in linears:
-        linear.bin.fill_(1)
+        linear.bin.set(1)
     frames = make_video(pipe)
     assert frames.shape == (1, 9, 3, 32, 32) and frames.isfinite().all()
-    # Three steps: t = 1000 (high noise, bin 0 of 1000, 950, 925, 900), then 834.7 and 24.4 (low, bin 2 of 900, 600, 300, 0).
-    assert [linear.bin.item() for linear in linears] == [0, 2]
+    # Three steps: t = 1000 (high noise, edges 1000, 950, 925, 900: bin 0), then 834.7 and 24.4 (low noise, edges 900,
+    # 600, 300, 0: bin 2).
+    assert [linear.bin.on(torch.device("cpu")).item() for linear in linears] == [0, 2]
+
+
+def test_sequential_offload_of_a_denoiser(checkpoint, tools):
+    """What pipe.enable_sequential_cpu_offload() does, with the CPU in place of the GPU."""
+    pipe = stepquant.load_pipeline(checkpoint, dtype=torch.bfloat16, **NO_TEXT)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 36, 2, 4, 4, generator=generator).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, 3, 128, generator=generator).bfloat16(),
+    }
+    timesteps = [torch.tensor([t]) for t in (960, 940, 910)]  # one in each bin
+    before = [pipe.transformer(**inputs, timestep=t).sample for t in timesteps]
+    cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+    assert pipe.transformer.blocks[0].attn1.to_q.qweight.device.type == "meta"
+    for t, expected in zip(timesteps, before):
+        assert torch.equal(pipe.transformer(**inputs, timestep=t).sample, expected)
 
 
 def test_stock_diffusers_after_register(checkpoint):
@@ -76,7 +94,7 @@ def test_pipeline_save_pretrained_round_trip(checkpoint, tmp_path):
     first = stepquant.load_pipeline(checkpoint, dtype=torch.float32, **NO_TEXT)
     first.save_pretrained(tmp_path)
     second = stepquant.load_pipeline(tmp_path, dtype=torch.float32, **NO_TEXT)
-    # Tensors, not videos: they lie at other offsets in the new files, and CPU kernels round differently by alignment.
+    # Tensors, not videos: their offsets in the new files differ, and CPU kernels round differently by alignment.
     for name in ("transformer", "transformer_2", "vae"):
         before, after = getattr(first, name).state_dict(), getattr(second, name).state_dict()
         assert set(before) == set(after)
@@ -91,10 +109,22 @@ def test_damaged_checkpoint(checkpoint, tmp_path):
     shutil.copytree(checkpoint, folder)
     shard = folder / "transformer_2" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match="00002-of-00003.safetensors: truncated"):
+    with pytest.raises(DamagedFile, match="00002-of-00003.safetensors: truncated"):
         stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
     shard.unlink()
-    with pytest.raises(UserError, match="names the shard .*00002-of-00003.safetensors', which is no file"):
+    with pytest.raises(MissingFile, match="names the shard .*00002-of-00003.safetensors', which is no file"):
+        stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
+    (folder / "transformer_2" / "config.json").write_text("{")
+    with pytest.raises(DamagedFile, match="transformer_2/config.json: not JSON"):
+        stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
+
+
+def test_a_checkpoint_of_version_1(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(UnsupportedCheckpoint, match="version is 1, written by an older stepquant; .* stage pack"):
         stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
 
 
@@ -105,7 +135,7 @@ def test_unquantized_pipeline(source):
 
 
 def test_folder_that_is_no_pipeline(source):
-    with pytest.raises(UserError, match="no model_index.json; expected a diffusers pipeline folder"):
+    with pytest.raises(FileNotFoundError, match="no model_index.json; expected a diffusers pipeline folder"):
         stepquant.load_pipeline(source / "transformer", dtype=torch.float32)
 
 

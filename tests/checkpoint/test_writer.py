@@ -51,7 +51,7 @@ def test_shards_index_and_config(expert, tmp_path):
     for i in range(2):
         keys = load_file(tmp_path / "out" / shards[i])
         assert all(key.startswith(f"blocks.{i}.") for key in keys)
-        # Centred linears bring their biases; a weight is nowhere.
+        # Linears with mean subtraction have their own bias; no shard has a weight.
         mine = {target for target in settings.targets if target.startswith(f"blocks.{i}.")}
         assert {key.removesuffix(".bias") for key in keys if key.endswith(".bias")} == mine
     rest = load_file(tmp_path / "out" / shards[2])
@@ -89,7 +89,7 @@ def test_sharded_source(expert, tmp_path):
 
 
 def test_one_block_at_a_time(expert, tmp_path):
-    """When a block is asked for, the one before is gone."""
+    """When a block is requested, the previous one has been freed."""
     source, settings, blocks = expert
     alive = []
 
@@ -108,7 +108,7 @@ def test_one_block_at_a_time(expert, tmp_path):
 
 def test_blocks_must_match_the_settings(expert, tmp_path):
     source, settings, blocks = expert
-    with pytest.raises(ValueError, match="the blocks hold 10 linears; they must be the 20 targets"):
+    with pytest.raises(ValueError, match="the blocks have 10 linears; they must be the 20 targets"):
         write_expert(source, tmp_path / "out", settings, list(blocks())[:1])
     assert list(tmp_path.iterdir()) == []
 
@@ -161,7 +161,7 @@ def test_broken_json(source, tools, tmp_path, name):
 def test_source_is_quantized_already(expert, tmp_path):
     source, settings, blocks = expert
     write_expert(source, tmp_path / "once", settings, blocks())
-    with pytest.raises(UserError, match="is quantized already"):
+    with pytest.raises(UserError, match="is already quantized"):
         write_expert(tmp_path / "once", tmp_path / "twice", settings, blocks())
 
 

@@ -1,4 +1,4 @@
-"""The independent implementations lie in a folder of their own: diffusers would import torchao wherever it finds it."""
+"""The independent implementations are installed in their own folder: diffusers would import torchao if it found it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tensors the format tests share."""
+"""Tensors for the tests of several formats."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ MAGNITUDES = {"ordinary": 1.0, "small": 1e-3, "tiny": 1e-30, "huge": 1e30}
 
 
 def heavy_tailed(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Seeded values [48, 512] of about the given scale: a few large channels, rows of different size, zero groups."""
+    """Seeded values [48, 512] of about the given scale: large channels, rows of different magnitude, zero groups."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(48, 512, generator=generator)
     x[:, ::37] *= 30

@@ -1,4 +1,4 @@
-"""What holds for every format."""
+"""Properties of every format."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_quantizing_twice_changes_nothing(fmt, scale, rounding):
 
 
 @every_format
-def test_the_input_is_left_alone(fmt):
+def test_the_input_is_not_changed(fmt):
     x = heavy_tailed(1.0)
     before = x.clone()
     scales = fmt.scales(x)

@@ -24,7 +24,7 @@ def comfy(x):
 def with_representable_scales(scale: float) -> torch.Tensor:
     """Random x whose absmax / 7 is a bfloat16 in every group, so that float32 scales need no rounding.
 
-    comfy_kitchen divides by its float32 scale; ours is rounded to bfloat16 first. Here both are the same number.
+    comfy_kitchen divides by its float32 scale; ours is rounded to bfloat16 first. Here both are equal.
     """
     x = heavy_tailed(scale).unflatten(-1, (-1, GROUP))
     step = (x.abs().amax(-1) / 7 * 1.01).bfloat16().float()
@@ -46,7 +46,7 @@ def test_equals_comfy_kitchen(scale):
 def test_bfloat16_scales_equal_comfy_kitchen_and_codes_differ_only_where_its_quotient_is_rounded():
     """For bfloat16 x, comfy_kitchen rounds x / scale to bfloat16 before rounding to an integer: twice. We round once.
 
-    A quotient just off a half can so become the half. Everywhere else the codes are the same.
+    A quotient close to a half can become the half. Everywhere else the codes are the same.
     """
     x = heavy_tailed(1.0, torch.bfloat16)[2:]
     scales = INT4.scales(x)
@@ -61,7 +61,7 @@ def test_bfloat16_scales_equal_comfy_kitchen_and_codes_differ_only_where_its_quo
 
 
 def test_tiny_groups_keep_their_values_where_comfy_kitchen_flushes_them():
-    """comfy_kitchen lifts absmax to 1e-10, so 7e-30 has code 0; ours has scale 1e-30 (bfloat16) and code 7."""
+    """comfy_kitchen raises absmax to 1e-10, so 7e-30 has code 0; ours has scale 1e-30 (bfloat16) and code 7."""
     x = torch.zeros(1, GROUP)
     x[0, 0], x[0, 1] = 7e-30, -3e-30
     scales = INT4.scales(x)

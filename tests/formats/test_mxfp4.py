@@ -50,16 +50,16 @@ def test_zeros_equal_torchao(rounding):
 
 
 @pytest.mark.parametrize("power", [-90, -3, 0, 5, 100])
-def test_exponents_at_and_beside_powers_of_two(power):
+def test_exponents_at_and_next_to_powers_of_two(power):
     unit = 2.0**power
     just_below_8, just_above_6 = (
         torch.nextafter(torch.tensor(v * unit), torch.tensor(t)).item() for v, t in ((8, 0.0), (6, torch.inf))
     )
-    # floor: 4 <= amax < 8 share the exponent whose scale they are 4 to 8 times of.
+    # floor: 4 <= amax < 8 have the same exponent, with scale 1.
     assert exponent(group_of(4 * unit), rounding="floor") == power
     assert exponent(group_of(just_below_8), rounding="floor") == power
     assert exponent(group_of(8 * unit), rounding="floor") == power + 1
-    # ceil: 3 < amax <= 6 share it.
+    # ceil: 3 < amax <= 6 have it.
     assert exponent(group_of(3 * unit), rounding="ceil") == power - 1
     assert exponent(group_of(6 * unit), rounding="ceil") == power
     assert exponent(group_of(just_above_6), rounding="ceil") == power + 1
@@ -104,7 +104,7 @@ def test_exponent_stays_in_range():
 
 
 def test_smallest_scale_decodes():
-    """e = 0 is 2^-127, subnormal in float32: the only exponent that is not simply moved into a float's field."""
+    """e = 0 is 2^-127, subnormal in float32: the only exponent that is not copied into a float's exponent field."""
     x = group_of(6 * 2.0**-127)
     scales = MXFP4.scales(x)
     assert scales.group.item() == 0

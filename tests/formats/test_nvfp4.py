@@ -62,7 +62,7 @@ def test_scale_saturates_at_448_and_stays_normal():
 def test_tensor_scale():
     # 6 * 448 = 2688, and 2688 * 1.0078125 = 2709 with 1.0078125 = 1 + 2^-7 a bfloat16
     assert nvfp4_tensor_scale(torch.tensor([3.0, -2709.0])).item() == 1.0078125
-    # 2700 / 2688 = 1.00446 lies nearer to 1.0078125 (0.0033 away) than to 1 (0.0045 away)
+    # 2700 / 2688 = 1.00446 is nearer to 1.0078125 (0.0033 away) than to 1 (0.0045 away)
     assert nvfp4_tensor_scale(torch.tensor([[2700.0]])).item() == 1.0078125
     assert nvfp4_tensor_scale(torch.zeros(4, 4)).item() == 1.0
     scale = nvfp4_tensor_scale(torch.ones(2, dtype=torch.bfloat16))

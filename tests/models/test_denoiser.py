@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import UserError
-from stepquant.models.denoiser import Denoiser, block_inputs
+from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
 from stepquant.models.sites import WAN_SITES
 from tests.wan import BLOCKS, load_expert, random_calls, save_expert
 
@@ -23,27 +23,27 @@ def folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def blocks_seen(model, calls):
+def block_calls(model, calls):
     """The arguments of every block and its output, while diffusers runs the whole model."""
-    seen = []
+    made = []
     handles = [
-        block.register_forward_hook(lambda module, args, output: seen.append((args, output))) for block in model.blocks
+        block.register_forward_hook(lambda module, args, output: made.append((args, output))) for block in model.blocks
     ]
     model(**calls)
     for handle in handles:
         handle.remove()
-    return seen
+    return made
 
 
 @torch.no_grad()
 def test_prologue_and_blocks_compute_what_diffusers_computes(folder, dtype):
     """Bit for bit, also in bfloat16, where diffusers keeps norms, modulation and time embedding in float32."""
     calls = random_calls(3, dtype)
-    seen = blocks_seen(load_expert(folder, dtype), calls)
+    made = block_calls(load_expert(folder, dtype), calls)
     denoiser = Denoiser(folder, "cpu", dtype)
-    assert len(seen) == BLOCKS
+    assert len(made) == BLOCKS
     inputs = block_inputs(denoiser.prologue(), **calls)
-    hidden_states, text, timestep_proj, rotary = seen[0][0][:4]
+    hidden_states, text, timestep_proj, rotary = made[0][0][:4]
     assert inputs.hidden_states.shape == (3, 2 * 2 * 3, 64) and inputs.hidden_states.dtype == dtype
     for ours, theirs in (
         (inputs.hidden_states, hidden_states),
@@ -53,7 +53,7 @@ def test_prologue_and_blocks_compute_what_diffusers_computes(folder, dtype):
         (inputs.rotary_emb[1], rotary[1]),
     ):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    for index, (_, output) in enumerate(seen):
+    for index, (_, output) in enumerate(made):
         hidden = denoiser.block(index)(
             inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb
         )
@@ -75,6 +75,47 @@ def test_linear_weight_is_the_stored_weight_in_float32(folder):
     for site in WAN_SITES:
         for linear in site.linears:
             assert torch.equal(denoiser.linear_weight(1, linear), stored[f"blocks.1.{linear}.weight"])
+
+
+def test_weights_are_copied_to_the_device_before_they_are_cast(folder, monkeypatch):
+    """A GPU gets the bytes of the stored dtype. Failed before: the cast came first, or in the same step, on the CPU."""
+    log = []
+
+    class Stored:
+        def to(self, *to):
+            log.append(to)
+            return self
+
+        def float(self):
+            return self.to(torch.float32)
+
+    denoiser = Denoiser(folder, "cuda:1", torch.bfloat16)
+    monkeypatch.setattr(denoiser.weights, "get", lambda key: Stored())
+    denoiser.linear_weight(1, "attn1.to_q")
+    denoiser._tensor("blocks.1.attn1.to_q.weight")
+    denoiser._tensor("blocks.1.norm2.weight")
+    assert log == [
+        ("cuda:1",),
+        (torch.float32,),
+        ("cuda:1",),
+        (torch.bfloat16,),
+        ("cuda:1",),
+        (torch.float32,),
+    ]
+
+
+def test_inputs_that_are_kept_hold_no_hidden_states_and_one_rotary_embedding(folder):
+    """At the size of Wan2.2-I2V-A14B these are 335 MB and 34 MB per call, the rest 5 MB."""
+    prologue = Denoiser(folder, "cpu", torch.float32).prologue()
+    first, second = (block_inputs(prologue, **random_calls(count, torch.float32)) for count in (3, 2))
+    kept = first.kept(None)
+    again = second.kept(kept)
+    assert kept.hidden_states.untyped_storage().nbytes() == 0
+    assert all(a is b for a, b in zip(again.rotary_emb, first.rotary_emb))
+    assert again.encoder_hidden_states is second.encoder_hidden_states
+    assert again.timestep_proj is second.timestep_proj
+    other = BlockInputs(*[torch.ones(2)] * 3, (first.rotary_emb[0] + 1, first.rotary_emb[1]))
+    assert other.kept(kept).rotary_emb is other.rotary_emb
 
 
 def test_the_sites_name_every_linear_of_a_block(folder):

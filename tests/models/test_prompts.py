@@ -47,7 +47,7 @@ def refusal(path):
     return message.removeprefix(str(path))
 
 
-def test_rows_arrive_in_order_with_their_values(manifest):
+def test_rows_are_read_in_order(manifest):
     path = manifest(
         ROW | {"license": "CC0", "extra": {"x": 1}},
         "",
@@ -72,7 +72,7 @@ def test_an_image_is_loaded_as_rgb(manifest):
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (4, 6), (90, 90, 90))
 
 
-def test_a_digest_covers_what_decides_the_sample(manifest):
+def test_a_digest_covers_everything_that_determines_the_sample(manifest):
     def digest(**changes):
         return read_manifest(manifest(ROW | changes))[0].digest()
 
@@ -91,12 +91,12 @@ def test_an_empty_manifest(manifest, content):
     assert refusal(manifest(content)) == ": the manifest is empty; expected at least one prompt"
 
 
-def test_a_manifest_that_is_not_there(tmp_path):
+def test_a_missing_manifest(tmp_path):
     assert refusal(tmp_path / "absent.jsonl") == ": no such manifest; expected a JSONL file of prompts"
     assert refusal(tmp_path) == ": no such manifest; expected a JSONL file of prompts"
 
 
-def test_a_manifest_that_is_no_text(manifest):
+def test_a_manifest_that_is_not_text(manifest):
     path = manifest(ROW)
     path.write_bytes(b"\xff\xfe")
     assert refusal(path) == ": not UTF-8 text (invalid start byte at byte 0); expected a JSONL file of prompts"
@@ -109,7 +109,7 @@ def test_a_duplicate_id_names_the_second_line(manifest):
 @pytest.mark.parametrize(
     ("line", "what"), [("{'id': 1}", "not JSON: "), ("[1]", "found list; expected one JSON object per line")]
 )
-def test_a_line_that_is_no_row(manifest, line, what):
+def test_a_line_that_is_not_a_row(manifest, line, what):
     assert refusal(manifest(ROW, line)).startswith(f":2: {what}")
 
 
@@ -152,19 +152,19 @@ def test_a_link_that_leaves_the_manifest_s_folder(manifest, tmp_path):
     assert "leaves the manifest's folder" in refusal(path)
 
 
-def test_an_image_that_is_not_there(manifest):
+def test_a_missing_image(manifest):
     path = manifest(ROW | {"image": "images/none.png"})
     assert refusal(path) == f":1: image 'images/none.png' does not exist in {path.parent}"
 
 
-def test_an_image_that_is_no_image(manifest):
+def test_a_file_that_is_not_an_image(manifest):
     path = manifest(ROW)
     (path.parent / "images/a.png").write_text("no picture")
     assert refusal(path).startswith(":1: image 'images/a.png' is no readable picture: ")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_an_image_that_is_cut_off(manifest, suffix):
+def test_a_truncated_image(manifest, suffix):
     path = manifest(ROW | {"image": f"images/cut.{suffix}"})
     file = path.parent / f"images/cut.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
@@ -172,7 +172,7 @@ def test_an_image_that_is_cut_off(manifest, suffix):
     assert refusal(path).startswith(f":1: image 'images/cut.{suffix}' is no readable picture: ")
 
 
-def test_a_folder_is_no_image(manifest):
+def test_a_folder_is_not_an_image(manifest):
     assert refusal(manifest(ROW | {"image": "images"})).startswith(":1: image 'images' is no readable picture: ")
 
 

@@ -76,7 +76,7 @@ def test_shapes_are_rows_and_columns_of_each_linear(finished):
     assert sites["ffn.down"].linears == {"ffn.net.2": (64, 128)}
 
 
-def test_every_component_s_files_are_hashed(finished):
+def test_the_files_of_every_component_are_hashed(finished):
     files = describe(finished).files
     expected = {
         "model_index.json",
@@ -94,7 +94,7 @@ def test_every_component_s_files_are_hashed(finished):
         assert digest == hashlib.sha256((finished / name).read_bytes()).hexdigest()
 
 
-def test_an_expert_s_digest_follows_its_own_files_only(source):
+def test_the_digest_of_an_expert_depends_on_its_own_files_only(source):
     before = describe(source)
     (source / "transformer_2/config.json").write_text((source / "transformer_2/config.json").read_text() + " ")
     after = describe(source)
@@ -113,8 +113,8 @@ def test_a_dense_model_has_one_expert_over_all_of_t(source):
     assert (experts["denoiser"].subfolder, experts["denoiser"].t_range) == ("transformer", (0, 1000))
 
 
-def test_by_what_the_vae_shrinks_a_video(source):
-    """Its config.json decides; a pipeline without the factors, or without a VAE, is taken to have the Wan VAE's."""
+def test_compression_of_the_vae(source):
+    """From its config.json; without it, or without the factors in it, those of the Wan VAE."""
     assert describe(source).compression.model_dump() == {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
     (source / "vae/config.json").write_text(json.dumps({"scale_factor_spatial": 16}))
     assert describe(source).compression.model_dump() == {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
@@ -170,8 +170,8 @@ def test_neither_a_folder_nor_a_hub_id(source):
     with pytest.raises(UserError) as caught:
         resolve_source(source, None)
     assert (
-        str(caught.value)
-        == f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+        str(caught.value) == f"model.source: {source} has no model_index.json; "
+        "expected a diffusers folder, or a hub id such as owner/name"
     )
 
 
@@ -182,7 +182,7 @@ def test_a_folder_without_an_index_is_not_looked_up_on_the_hub(tmp_path, monkeyp
         resolve_source("owner/name", None)
 
 
-def test_a_hub_id_is_asked_for_without_pickles(monkeypatch, tmp_path):
+def test_a_hub_model_is_downloaded_without_pickles(monkeypatch, tmp_path):
     asked = {}
 
     def snapshot_download(name, *, revision, ignore_patterns):
@@ -194,7 +194,7 @@ def test_a_hub_id_is_asked_for_without_pickles(monkeypatch, tmp_path):
     assert asked == {"name": "owner/name", "revision": "abc", "ignored": {"*.bin", "*.pt", "*.pth", "*.ckpt"}}
 
 
-def test_a_hub_id_that_the_hub_does_not_give(monkeypatch, tmp_path):
+def test_a_hub_id_without_a_model(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

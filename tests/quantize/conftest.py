@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def _make_layer(seed: int, rows: int, channels: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """W [rows, channels] and x [tokens, channels]: correlated channels of unequal size, two of them outliers."""
+    """W [rows, channels] and x [tokens, channels]: correlated channels of unequal magnitude, two of them outliers."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""GPTQ of what a branch left, and the branch refitted to what GPTQ lost, on held-out tokens."""
+"""GPTQ of the residual, and the branch refitted to its rounding error, on held-out tokens."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ FORMATS = ["int4", "mxfp4", "nvfp4"]
 
 @pytest.fixture
 def case(make_layer):
-    """W, calibration tokens, their mean second moments, smoothing, held-out tokens and the output there."""
+    """W, calibration tokens, their Hessian, smoothing, held-out tokens and the output there."""
     W, x = make_layer(seed=3, rows=64, channels=128, tokens=5120)
     train, held_out = x[:4096], x[4096:]
     H = train.T @ train / len(train)
@@ -64,7 +64,7 @@ def problem_of(W, H, transform, noise=None):
 def rounded(problem, branch, name, activation=None) -> QuantizedLayer:
     fmt = get_format(name)
     scheme = QuantScheme(fmt, "ceil", activation and get_format(activation), "ceil")
-    return rounded_by_gptq(problem, *branch, scheme, partial(scales_by_error, fmt))
+    return rounded_by_gptq(problem, branch, scheme, partial(scales_by_error, fmt))
 
 
 def branch_of(W, smooth):
@@ -72,7 +72,7 @@ def branch_of(W, smooth):
 
 
 def test_weighted_fit_by_sketch(make_layer):
-    """Wide enough to be randomized: it keeps what the exact one keeps, of W times a root of H."""
+    """Wide enough to be randomized: it approximates W times a root of H as well as the exact one."""
     W, x = make_layer(seed=4, rows=192, channels=256, tokens=1024)
     H = x.T @ x / len(x)
     down, up = weighted_low_rank_factors(W, H.matmul, 8, seed=0)
@@ -110,7 +110,7 @@ def test_refitting_lowers_the_held_out_error(case, name, rotation):
 
 
 def test_a_full_rank_refit_leaves_no_error(case):
-    """With rank = full width the branch makes up for any codes, up to its own bfloat16."""
+    """With rank = full width the branch compensates any codes, up to its own rounding to bfloat16."""
     W, _, H, smooth, held_out, reference = case
     branch = stored_branch(*low_rank_factors(W * smooth.float(), 64, seed=0), smooth)
     problem = problem_of(W, H, InputTransform.smoothing(smooth))
@@ -118,7 +118,7 @@ def test_a_full_rank_refit_leaves_no_error(case):
     assert relative_error(layer_output(held_out, refitted, 1.0, 0), reference) < 0.01
 
 
-# --- inputs that are rounded too ------------------------------------------------------------------------------------------
+# --- inputs that are rounded too ---
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def noisy(case):
     return problem, transform.weight(W).double(), damped, D
 
 
-def test_noise_is_what_rounding_adds(case):
-    """int4 by its definition: the largest magnitude of 64 channels at 7, whole numbers, on two samples that count the same."""
+def test_noise_is_the_variance_that_rounding_adds(case):
+    """int4 by its definition: absmax of 64 channels at 7, whole numbers; two samples with the same weight."""
     _, train, _, smooth, *_ = case
     transform = InputTransform.smoothing(smooth)
     samples = [train[:100], train[100:1000]]
@@ -154,8 +154,8 @@ def test_target_is_the_least_squares_weight_for_noisy_inputs(noisy):
     torch.testing.assert_close(problem.target.double(), torch.linalg.solve(H + D, (W @ H).T).T, rtol=0, atol=1e-4)
 
 
-def test_target_minimises_the_error_that_noise_is_part_of(noisy):
-    """No real-valued Q has less of tr((W - Q) H (W - Q)^T) + tr(Q D Q^T): every small step away from the target adds to it."""
+def test_target_minimizes_the_error_with_noise(noisy):
+    """Every small change of the target raises tr((W - Q) H (W - Q)^T) + tr(Q D Q^T)."""
     problem, W, H, D = noisy
 
     def cost(Q):
@@ -168,10 +168,10 @@ def test_target_minimises_the_error_that_noise_is_part_of(noisy):
         assert min(cost(Q + step), cost(Q - step)) > cost(Q)
 
 
-def test_first_branch_leaves_least_to_the_noise(case, noisy):
-    """What the best Q leaves of W - L is tr((W - L) G (W - L)^T), G = H - H (H + D)^-1 H; its best L is known from eigenvalues."""
+def test_first_branch_leaves_the_smallest_error_to_the_noise(case, noisy):
+    """The best Q leaves tr((W - L) G (W - L)^T), G = H - H (H + D)^-1 H; the best L is known from eigenvalues."""
     problem, W, H, D = noisy
-    down, up = initial_branch(problem, 8, seed=0, start=branch_of(case[0], case[3])[1])
+    down, up = initial_branch(problem, branch_of(case[0], case[3]), seed=0)
     E = W - up.double() @ problem.transform.weight(down.T).double()
     G = H - H @ torch.linalg.solve(H + D, H)
     best = torch.linalg.eigvalsh(W @ G @ W.T)[:-8].sum().item()
@@ -179,22 +179,22 @@ def test_first_branch_leaves_least_to_the_noise(case, noisy):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_codes_are_aimed_at_the_noise(case, noisy, name):
-    """A branch and codes for noisy inputs are off by less than those for exact ones where the inputs are rounded."""
+def test_noise_aware_codes_have_a_smaller_error_on_rounded_inputs(case, noisy, name):
+    """Where the inputs are rounded, branch and codes for noisy inputs are better than those for exact inputs."""
     W, _, H, smooth, held_out, reference = case
     problem, *_ = noisy
     exact, errors = problem_of(W, H, problem.transform), []
-    for posed, branch in (
+    for variant, branch in (
         (exact, branch_of(W, smooth)),
-        (problem, initial_branch(problem, 8, seed=0, start=branch_of(W, smooth)[1])),
+        (problem, initial_branch(problem, branch_of(W, smooth), seed=0)),
     ):
         errors.append(
-            relative_error(layer_output(held_out, rounded(posed, branch, name, "int4"), 1.0, 0), reference).item()
+            relative_error(layer_output(held_out, rounded(variant, branch, name, "int4"), 1.0, 0), reference).item()
         )
     assert errors[1] < errors[0]
 
 
-def test_the_branch_is_refitted_in_the_moments_as_they_were_damped(noisy):
+def test_the_branch_is_refitted_with_the_damped_hessian(noisy):
     """H with 0.01 of the mean diagonal of H + D on its diagonal, as in the factor."""
     problem, _, H, _ = noisy
     thin = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
@@ -210,7 +210,7 @@ def test_some_rows_are_rounded_as_all_of_them_are(noisy, case):
     torch.testing.assert_close(dequantized_weight(part), dequantized_weight(whole)[rows], rtol=0, atol=0)
 
 
-def test_another_damping_is_another_pose(noisy):
+def test_with_damping_equals_a_problem_made_with_it(noisy):
     problem = noisy[0]
     again, expected = (
         with_damping(problem, 0.5, act_order=True),

@@ -1,11 +1,12 @@
-"""Clip search: errors by the definition, ties, and how bins are pooled."""
+"""Clipping search: errors by the definition, ties, and how bins are pooled."""
 
 import pytest
 import torch
 
+from stepquant.errors import UserError
 from stepquant.formats import get_format
-from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_candidates, clip_errors
-from stepquant.quantize.quantized_layer import QuantScheme, layer_output, relative_error
+from stepquant.quantize.clip import ClipCandidate, ClipChoice, choose_clip, clip_candidates, clip_errors
+from stepquant.quantize.quantized_layer import LayerSpec, QuantScheme, layer_output, relative_error
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
@@ -16,7 +17,7 @@ def factors_of(W, x, name):
     fmt = get_format(name)
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
     scheme = QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
-    return nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, scheme=scheme)
+    return nearest_factors(W, InputTransform.smoothing(smooth), LayerSpec(8, 0, scheme))
 
 
 def test_only_mxfp4_has_exponents_to_offset():
@@ -58,6 +59,24 @@ def test_of_equal_candidates_the_first_wins():
     choice = choose_clip(torch.tensor([[0.3, 0.2, 0.2], [0.1, 0.1, 0.1]]))
     assert choice.per_bin == (1, 0)
     assert choice.single == 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_error_that_is_not_finite_is_never_chosen(bad):
+    choice = choose_clip(torch.tensor([[bad, 0.2, 0.1], [0.2, 0.4, 0.3]]))
+    # Of the candidates that are finite in both bins: (.04 + .16)/2 and (.01 + .09)/2.
+    assert choice == ClipChoice(per_bin=(2, 0), single=2)
+
+
+def test_a_bin_without_a_finite_error_is_refused():
+    errors = torch.tensor([[0.1, 0.2], [torch.nan, torch.inf]])
+    with pytest.raises(UserError, match="none of 2 candidates has a finite output error in timestep bin 1.*capture"):
+        choose_clip(errors)
+
+
+def test_candidates_that_fail_in_one_bin_each_are_refused():
+    with pytest.raises(UserError, match="all timestep bins together"):
+        choose_clip(torch.tensor([[torch.nan, 0.1], [0.1, torch.nan]]))
 
 
 def test_per_bin_is_never_worse_than_single(layer):

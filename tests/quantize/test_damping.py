@@ -1,10 +1,12 @@
-"""The damping that other prompts choose."""
+"""Hessian damping, selected on tokens of other prompts."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
+from stepquant.errors import UserError
 from stepquant.formats import get_format
 from stepquant.quantize.alternate import initial_branch, make_problem, rounded_by_gptq
 from stepquant.quantize.clip import UNCLIPPED, clip_errors
@@ -18,8 +20,8 @@ from tests.quantize.scheme import scheme
 DAMPINGS = [0.0003, 0.005, 0.1]
 
 
-def posed(W, x, damping=DAMPINGS[0]):
-    """A layer under the second moments of tokens x, aimed at int4 inputs."""
+def problem_of(W, x, damping=DAMPINGS[0]):
+    """The rounding problem of W under the Hessian of tokens x and the noise of int4 inputs."""
     transform = InputTransform.smoothing(torch.ones(W.shape[1], dtype=torch.bfloat16))
     return make_problem(
         W, transform, x.T @ x / len(x), rounding_noise([x], transform, scheme("int4")), damping=damping, act_order=True
@@ -29,11 +31,11 @@ def posed(W, x, damping=DAMPINGS[0]):
 def error_on(tokens, W):
     """The W4A4 error of a problem's layer, rounded once, on tokens."""
     ones = torch.ones(W.shape[1], dtype=torch.bfloat16)
-    up = stored_branch(*low_rank_factors(W, 8, seed=0), ones)[1]
+    searched = stored_branch(*low_rank_factors(W, 8, seed=0), ones)
 
     def error(problem):
-        branch = initial_branch(problem, 8, seed=0, start=up)
-        layer = rounded_by_gptq(problem, *branch, scheme("int4"), partial(scales_by_error, get_format("int4")))
+        branch = initial_branch(problem, searched, seed=0)
+        layer = rounded_by_gptq(problem, branch, scheme("int4"), partial(scales_by_error, get_format("int4")))
         return clip_errors([tokens], W, layer, [UNCLIPPED]).square().item()
 
     return error
@@ -49,21 +51,24 @@ def layer(make_layer):
     [
         ([4.0, 2.0, 1.0], 2, 3),  # falls to the end
         ([4.0, 2.0, 3.0], 1, 3),  # turns
-        ([4.0, 5.0, 1.0], 0, 2),  # rises at once: what lies behind is not looked at
+        ([4.0, 5.0, 1.0], 0, 2),  # rises at once: the last damping is not tried
         ([4.0, 3.999, 1.0], 0, 2),  # falls by less than 0.2 %
+        ([torch.nan, 2.0, 1.0], 2, 3),  # an error that is not finite is never the smallest
+        ([torch.nan, torch.inf, 1.0], 2, 3),
+        ([2.0, torch.nan, 1.0], 0, 2),
     ],
 )
-def test_the_search_goes_up_as_long_as_error_falls(layer, errors, chosen, tried):
+def test_the_search_raises_the_damping_while_the_error_falls(layer, errors, chosen, tried):
     by_damping = dict(zip(DAMPINGS, errors))
-    found, seen = search_damping(
-        posed(*layer), DAMPINGS, lambda problem: by_damping[problem.factor.damping], act_order=True
+    found, returned = search_damping(
+        problem_of(*layer), DAMPINGS, lambda problem: by_damping[problem.factor.damping], act_order=True
     )
     assert found.factor.damping == DAMPINGS[chosen]
-    assert seen == errors[:tried]
+    assert returned == [e if math.isfinite(e) else math.inf for e in errors[:tried]]
 
 
-def test_of_one_damping_nothing_is_asked(layer):
-    problem = posed(*layer)
+def test_a_single_damping_needs_no_error(layer):
+    problem = problem_of(*layer)
 
     def never(_):
         raise AssertionError("nothing to compare")
@@ -71,13 +76,16 @@ def test_of_one_damping_nothing_is_asked(layer):
     assert search_damping(problem, DAMPINGS[:1], never, act_order=True) == (problem, [])
 
 
-def test_directions_that_calibration_never_showed_are_kept_in_reserve(layer):
-    """Calibration tokens fill half of the directions, validation tokens all. The smallest damping gives up weights there, so that its
-    error is more than twice that of the largest, which is chosen; tokens like those of calibration would have chosen the smallest."""
+def test_tokens_in_directions_without_calibration_select_a_large_damping(layer):
+    """Calibration tokens cover half of the directions, validation tokens all of them.
+
+    With the smallest damping the weights of the other directions are small, so its error is more than twice that of the
+    largest damping, which is selected. Validation tokens like those of calibration select the smallest.
+    """
     W, x = layer
     basis = torch.linalg.qr(torch.randn(128, 64, generator=torch.Generator().manual_seed(1))).Q
-    seen = (x[:2048] @ basis) @ basis.T
-    problem = posed(W, seen)
+    calibration = (x[:2048] @ basis) @ basis.T
+    problem = problem_of(W, calibration)
     chosen, errors = search_damping(problem, DAMPINGS, error_on(x[2048:], W), act_order=True)
     assert chosen.factor.damping == DAMPINGS[-1]
     assert errors[0] > 4 * errors[-1]  # squared
@@ -85,9 +93,14 @@ def test_directions_that_calibration_never_showed_are_kept_in_reserve(layer):
     assert same.factor.damping == DAMPINGS[0]
 
 
+def test_a_search_without_a_finite_error_is_refused(layer):
+    with pytest.raises(UserError, match="gptq.dampings.*has a finite output error"):
+        search_damping(problem_of(*layer), DAMPINGS, lambda _: torch.nan, act_order=True)
+
+
 @pytest.mark.parametrize(("rows", "rank", "expected"), [(64, 32, 64), (5120, 32, VALIDATION_ROWS), (5120, 300, 300)])
-def test_rows_are_as_many_as_the_branch_needs(rows, rank, expected):
-    """Spread evenly: up to one less than twice as many where they do not divide."""
+def test_there_are_as_many_rows_as_the_branch_needs(rows, rank, expected):
+    """Evenly spaced: less than twice as many where the number does not divide."""
     found = validation_rows(torch.empty(rows, 1), rank)
     assert expected <= len(found) < 2 * expected and found[0] == 0 and found[-1] < rows
     assert len(found.diff().unique()) == 1

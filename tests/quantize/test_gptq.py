@@ -17,7 +17,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 def rounded(
     W: Tensor, H: Tensor, scales: Scales, fmt, *, damping: float, act_order: bool, column_block: int = 128
 ) -> SimpleNamespace:
-    """Codes, and what the factorization of H says of itself."""
+    """Codes, and the record of the factorization of H."""
     factor = inverse_factor(H, damping=damping, act_order=act_order)
     codes = gptq(W, factor, scales, fmt, column_block=column_block)
     return SimpleNamespace(codes=codes, damping=factor.damping, retries=factor.retries, dead=factor.dead)
@@ -73,7 +73,7 @@ def test_equals_textbook_obq(layer, name, act_order):
 
 @pytest.mark.parametrize("column_block", [1, 48, 128])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_block_size_changes_nothing(layer, column_block, act_order):
+def test_column_block_changes_nothing(layer, column_block, act_order):
     W, x = layer
     fmt = get_format("nvfp4")
     scales = weight_scales(fmt, W, rounding="ceil")
@@ -86,7 +86,7 @@ def test_block_size_changes_nothing(layer, column_block, act_order):
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_identity_second_moments_round_to_nearest(layer, name, act_order):
+def test_identity_hessian_rounds_to_nearest(layer, name, act_order):
     W, _ = layer
     fmt = get_format(name)
     scales = weight_scales(fmt, W, rounding="ceil")
@@ -131,7 +131,7 @@ def test_dead_channels_are_rounded_and_counted(layer, act_order):
     result = rounded(W, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
     assert result.dead == 3
     assert torch.equal(result.codes[:, dead], fmt.encode(W, scales)[:, dead])
-    # What a dead channel's weight is cannot touch the others.
+    # The weight of a dead channel does not influence the others.
     changed = W.clone()
     changed[:, dead] *= -0.5
     again = rounded(changed, x.T @ x, scales, fmt, damping=0.01, act_order=act_order)
@@ -151,7 +151,7 @@ def test_failed_cholesky_is_retried_with_more_damping(layer):
     W, _ = layer
     fmt = get_format("int4")
     scales = weight_scales(fmt, W, rounding="ceil")
-    # Unit diagonal and one eigenvalue of 1 - 1.5 = -0.5, such as rounding may leave: damping 0.01 and 0.1 are too small
+    # Unit diagonal and one eigenvalue of 1 - 1.5 = -0.5, as rounding may cause: damping 0.01 and 0.1 are too small
     # to lift it above zero, 1.0 is enough.
     H = torch.eye(128)
     H[0, 1] = H[1, 0] = 1.5
@@ -160,7 +160,7 @@ def test_failed_cholesky_is_retried_with_more_damping(layer):
     assert result.damping == pytest.approx(1.0)
 
 
-def test_the_factor_of_many_columns_inverts_the_second_moments(make_layer):
+def test_the_factor_of_many_columns_inverts_the_hessian(make_layer):
     """Wide enough for several halvings of the triangle."""
     _, x = make_layer(seed=5, rows=8, channels=640, tokens=2560)
     H = (x / x.std(0)).T @ (x / x.std(0)) / len(x)
@@ -170,7 +170,7 @@ def test_the_factor_of_many_columns_inverts_the_second_moments(make_layer):
     torch.testing.assert_close(U.T @ U @ damped, torch.eye(640, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-def test_hopeless_second_moments_are_refused(layer):
+def test_a_hessian_that_no_damping_helps_is_refused(layer):
     W, _ = layer
     fmt = get_format("int4")
     scales = weight_scales(fmt, W, rounding="ceil")
@@ -180,7 +180,7 @@ def test_hopeless_second_moments_are_refused(layer):
         rounded(W, H, scales, fmt, damping=0.01, act_order=False)
 
 
-@pytest.mark.parametrize("broken", ["weight", "second moments"])
+@pytest.mark.parametrize("broken", ["weight", "Hessian"])
 def test_non_finite_input_is_refused(layer, broken):
     W, x = layer
     fmt, H = get_format("int4"), x.T @ x
@@ -190,7 +190,7 @@ def test_non_finite_input_is_refused(layer, broken):
         rounded(W, H, scales, fmt, damping=0.01, act_order=False)
 
 
-def test_inputs_are_left_alone(layer):
+def test_inputs_are_not_changed(layer):
     W, x = layer
     H = x.T @ x
     W_before, H_before = W.clone(), H.clone()

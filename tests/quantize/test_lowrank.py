@@ -1,4 +1,4 @@
-"""The low-rank branch against numpy's SVD, and the identity it must keep."""
+"""The low-rank branch against numpy's SVD, and the identity that branch and residual satisfy."""
 
 import numpy as np
 import pytest
@@ -63,13 +63,13 @@ def test_stored_branch_and_residual_give_the_layer_back(layer, rank):
     proj_down, proj_up = stored_branch(*low_rank_factors(W * smooth.float(), rank, seed=0), smooth)
     assert proj_down.dtype == proj_up.dtype == smooth.dtype == torch.bfloat16
     rest = residual(W, smooth, proj_down, proj_up).double()
-    main = (x.double() / smooth.double()) @ rest.T
+    quantized_path = (x.double() / smooth.double()) @ rest.T
     branch = (x.double() @ proj_down.double()) @ proj_up.double().T
-    torch.testing.assert_close(main + branch, x.double() @ W.double().T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(quantized_path + branch, x.double() @ W.double().T, rtol=0, atol=1e-4)
 
 
 def test_residual_of_the_full_branch_is_rounding_only(layer):
-    """bfloat16 keeps 8 bits: each factor is off by at most 2^-9, so a full-rank branch leaves under one percent."""
+    """bfloat16 keeps 8 bits: each factor is off by at most 2^-9, so a full-rank branch leaves less than one percent."""
     W, x = layer
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
     Ws = W * smooth.float()
@@ -77,12 +77,12 @@ def test_residual_of_the_full_branch_is_rounding_only(layer):
     assert torch.linalg.norm(rest) < 0.01 * torch.linalg.norm(Ws)
 
 
-def test_stacked_linears_share_one_down(make_layer):
+def test_stacked_linears_have_one_down(make_layer):
     q, k, v = (make_layer(seed, rows=64, channels=64, tokens=1)[0] for seed in (1, 2, 3))
     smooth = torch.ones(64, dtype=torch.bfloat16)
     proj_down, proj_up = stored_branch(*low_rank_factors(torch.cat([q, k, v]), 16, seed=0), smooth)
     assert proj_down.shape == (64, 16) and proj_up.shape == (192, 16)
-    # The joint decomposition spends its rank on all three: each one's share is no better than its own best.
+    # The joint decomposition uses its rank for all three: none is approximated better than on its own.
     for W, up in zip((q, k, v), proj_up.float().split(64), strict=True):
         left = torch.linalg.norm(W - up @ proj_down.float().T)
         best = torch.linalg.norm(torch.linalg.svdvals(W)[16:])

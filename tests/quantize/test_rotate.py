@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.gptq_launches import OperationLog
 from stepquant.errors import UserError
-from stepquant.quantize.rotate import hadamard, rotate
+from stepquant.quantize.rotate import hadamard, rotate, rotate_by
 
-BLOCKS = [16, 32, 64, 128]
+SIZES = [16, 32, 64, 128]
 
 
 def test_matrix_of_order_four():
@@ -14,32 +15,50 @@ def test_matrix_of_order_four():
     assert torch.equal(hadamard(4), expected)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_rotation_is_its_own_inverse(layer, block):
+@pytest.mark.parametrize("size", SIZES)
+def test_rotation_is_its_own_inverse(layer, size):
     x = layer[1]
-    torch.testing.assert_close(rotate(rotate(x, block), block), x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(rotate(rotate(x, size), size), x, rtol=1e-5, atol=1e-4)
 
 
-def test_an_outlier_is_spread_over_its_block_alone():
+def test_an_outlier_is_spread_over_its_hadamard_block_alone():
     x = torch.zeros(1, 128)
     x[0, 40] = 8.0
     y = rotate(x, 64)
     assert torch.equal(y.abs(), torch.cat([torch.ones(1, 64), torch.zeros(1, 64)], dim=1))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_layer_without_quantization_is_unchanged(layer, block):
+@pytest.mark.parametrize("size", SIZES)
+def test_layer_without_quantization_is_unchanged(layer, size):
     W, x = layer
     torch.testing.assert_close(
-        rotate(x, block).double() @ rotate(W, block).double().T, x.double() @ W.double().T, rtol=0, atol=1e-4
+        rotate(x, size).double() @ rotate(W, size).double().T, x.double() @ W.double().T, rtol=0, atol=1e-4
     )
 
 
-def test_block_zero_is_no_rotation(layer):
+def test_size_zero_is_no_rotation(layer):
     assert rotate(layer[1], 0) is layer[1]
 
 
-@pytest.mark.parametrize("block", [-2, 48, 256])
-def test_impossible_block_is_refused(layer, block):
-    with pytest.raises(UserError, match=f"block {block} for 128 channels"):
-        rotate(layer[1], block)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_given_matrix_rotates_to_the_same_bytes(layer, size, dtype):
+    x = layer[1].to(dtype)
+    matrix = hadamard(size, device=x.device, dtype=dtype)
+    assert matrix.dtype == dtype
+    assert torch.equal(rotate_by(x, matrix), rotate(x, size))
+
+
+def test_the_matrix_is_built_on_the_device_of_its_input():
+    """The meta device refuses operations with CPU tensors, and a copy from the CPU would count as one."""
+    x = torch.empty(2, 128, device="meta")
+    assert hadamard(64, device=x.device).device.type == "meta"
+    with OperationLog() as log:
+        assert rotate(x, 64).shape == (2, 128)
+    assert not [name for name in log.names if "copy" in name]
+
+
+@pytest.mark.parametrize("size", [-2, 48, 256])
+def test_impossible_size_is_refused(layer, size):
+    with pytest.raises(UserError, match=f"Hadamard size {size} for 128 channels"):
+        rotate(layer[1], size)

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
+from stepquant.errors import UserError
 from stepquant.formats import get_format
-from stepquant.quantize.quantized_layer import QuantScheme, layer_output, low_rank_path, quantized_path, relative_error
-from stepquant.quantize.smooth import nearest_factors, search_transform, smoothing_factor
+from stepquant.quantize import smooth as smooth_module
+from stepquant.quantize.quantized_layer import (
+    LayerSpec,
+    QuantScheme,
+    layer_output,
+    low_rank_path,
+    quantized_path,
+    relative_error,
+)
+from stepquant.quantize.smooth import TransformCandidates, nearest_factors, search_transform, smoothing_factor
 from stepquant.quantize.transform import InputTransform
 
 CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
@@ -14,6 +23,10 @@ CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
 def scheme(name: str) -> QuantScheme:
     fmt = get_format(name)
     return QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+
+
+def layer_spec(name: str, rank: int = 8) -> LayerSpec:
+    return LayerSpec(rank, 0, scheme(name))
 
 
 def test_formula():
@@ -31,7 +44,7 @@ def test_beta_is_free():
     assert smoothing_factor(x_magnitude, w_magnitude, alpha=0.0, beta=-1.0).tolist() == [0.0625, 0.25]
 
 
-def test_smoothed_size_does_not_depend_on_the_input():
+def test_smoothed_magnitude_does_not_depend_on_the_input():
     x_magnitude, w_magnitude = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(64)
     for size in (1e-6, 1.0, 1e6):
         smoothed = size * x_magnitude / smoothing_factor(size * x_magnitude, w_magnitude, alpha=0.5, beta=0.5).float()
@@ -40,15 +53,15 @@ def test_smoothed_size_does_not_depend_on_the_input():
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_nvfp4_activations_stay_in_the_range_of_their_scales(layer, size):
-    """E4M3 scales end at 2^-6 and 448, so the size of the input must be smoothed away."""
+    """E4M3 scales reach from 2^-6 to 448, so smoothing must normalize the magnitude of the input."""
     W, x = layer
     x = size * x
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
-    factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=8, seed=0, scheme=scheme("nvfp4"))
+    factors = nearest_factors(W, InputTransform.smoothing(smooth), layer_spec("nvfp4"))
     assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T) < 0.1
 
 
-def test_dead_channels_are_left_alone():
+def test_dead_channels_are_not_smoothed():
     # The third channel alone is live: its x/s is 16.
     x_magnitude, w_magnitude = torch.tensor([0.0, 9.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
     assert smoothing_factor(x_magnitude, w_magnitude, alpha=0.5, beta=0.5).tolist() == [1.0, 1.0, 0.0625, 1.0]
@@ -64,11 +77,10 @@ def test_without_quantization_nothing_changes(layer, alpha, beta):
 
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
 def test_full_rank_layer_is_exact_up_to_bfloat16(layer, name):
-    """With rank = full width the branch is the layer; 4-bit codes only see what bfloat16 lost (under 1 %)."""
+    """With rank = full width the codes hold only the rounding error of bfloat16 (under 1 %)."""
     W, x = layer
-    factors = nearest_factors(
-        W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=48, seed=0, scheme=scheme(name)
-    )
+    ones = InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16))
+    factors = nearest_factors(W, ones, layer_spec(name, rank=48))
     reference = x @ W.T
     assert relative_error(low_rank_path(x, factors), reference) < 0.01
     assert relative_error(layer_output(x, factors, 1.0, 0), reference) < 0.003
@@ -82,7 +94,7 @@ def test_smoothing_and_branch_beat_plain_rounding(layer, name):
 
     def error(alpha: float, rank: int) -> float:
         smooth = smoothing_factor(x_magnitude, w_magnitude, alpha=alpha, beta=alpha)
-        factors = nearest_factors(W, InputTransform.smoothing(smooth), rank=rank, seed=0, scheme=scheme(name))
+        factors = nearest_factors(W, InputTransform.smoothing(smooth), layer_spec(name, rank))
         return relative_error(layer_output(held_out, factors, 1.0, 0), reference).item()
 
     assert error(0.5, 16) < 0.8 * error(0.0, 0)
@@ -94,10 +106,10 @@ ROTATIONS = [0, 32, 128]
 def search(layer, exponents, rotations, name):
     W, x = layer
     mean = x.mean(0).bfloat16()
-    return search_transform(W, x, x.std(0), mean, exponents, rotations, rank=8, seed=0, scheme=scheme(name))
+    return search_transform(W, x, x.std(0), mean, TransformCandidates(exponents, rotations), layer_spec(name))
 
 
-def test_search_takes_the_smallest_error(layer):
+def test_search_selects_the_smallest_error(layer):
     W, x = layer
     found = search(layer, CANDIDATES, ROTATIONS, "int4")
     assert len(found.errors) == len(CANDIDATES) and len(found.rotation_errors) == len(ROTATIONS)
@@ -108,9 +120,37 @@ def test_search_takes_the_smallest_error(layer):
         found.transform.smooth, smoothing_factor(x.std(0), W.abs().amax(0), alpha=found.alpha, beta=found.beta)
     )
     assert torch.equal(found.transform.mean, x.mean(0).bfloat16())
-    factors = nearest_factors(W, found.transform, rank=8, seed=0, scheme=scheme("int4"))
+    factors = nearest_factors(W, found.transform, layer_spec("int4"))
     assert torch.equal(factors.proj_down, found.proj_down) and torch.equal(factors.proj_up, found.proj_up)
     assert relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item() == min(found.rotation_errors)
+
+
+def scripted_errors(monkeypatch, *errors):
+    """The search finds these errors, in the order in which it tries candidates."""
+    remaining = iter(errors)
+    monkeypatch.setattr(smooth_module, "relative_error", lambda y, reference: torch.tensor(next(remaining)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_exponents_with_an_error_that_is_not_finite_are_never_selected(layer, monkeypatch, bad):
+    scripted_errors(monkeypatch, bad, 0.5, 0.25, bad)
+    found = search(layer, CANDIDATES, [0], "int4")
+    assert (found.alpha, found.beta) == CANDIDATES[2]
+    assert found.errors == (torch.inf, 0.5, 0.25, torch.inf)
+
+
+def test_a_rotation_with_an_error_that_is_not_finite_is_never_selected(layer, monkeypatch):
+    scripted_errors(monkeypatch, 0.5, torch.nan, 0.25)
+    found = search(layer, CANDIDATES[:1], ROTATIONS, "int4")
+    assert found.transform.rotation == ROTATIONS[2]
+
+
+def test_search_without_a_finite_error_is_refused(layer):
+    W, x = layer
+    broken = x.clone()
+    broken[0, 0] = torch.nan
+    with pytest.raises(UserError, match="none of 4 candidates has a finite output error.*stage capture"):
+        search((W, broken), CANDIDATES, [0], "int4")
 
 
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
@@ -129,7 +169,6 @@ def test_unquantized_activations(layer):
     W, x = layer
     fmt = get_format("int4")
     w4a16 = QuantScheme(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
-    factors = nearest_factors(
-        W, InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16)), rank=0, seed=0, scheme=w4a16
-    )
+    ones = InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16))
+    factors = nearest_factors(W, ones, LayerSpec(0, 0, w4a16))
     torch.testing.assert_close(quantized_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)

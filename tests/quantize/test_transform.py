@@ -1,13 +1,15 @@
-"""What is done to a layer's input: exact without quantization, second moments as measured, and worth it where it should be."""
+"""The input transform: exact without quantization, its Hessian as measured, and useful where it should be."""
 
 import pytest
 import torch
 
-from stepquant.formats import get_format
+from benchmarks.gptq_launches import OperationLog
 from stepquant.quantize.lowrank import low_rank_factors, stored_branch
-from stepquant.quantize.quantized_layer import QuantScheme, layer_output, relative_error
+from stepquant.quantize.quantized_layer import layer_output, relative_error
+from stepquant.quantize.rotate import rotate
 from stepquant.quantize.smooth import nearest_factors, smoothing_factor
 from stepquant.quantize.transform import InputTransform
+from tests.quantize.scheme import layer_spec
 
 FORMATS = ["int4", "mxfp4", "nvfp4"]
 
@@ -17,9 +19,8 @@ def smoothing_of(W, x):
 
 
 def held_out_error(W, x, transform, name):
-    fmt = get_format(name)
-    factors = nearest_factors(W, transform, rank=8, seed=0, scheme=QuantScheme(fmt, "ceil", fmt, "ceil"))
-    return relative_error(layer_output(x, factors, 1.0, 0), x @ W.T).item()
+    layer = nearest_factors(W, transform, layer_spec(name))
+    return relative_error(layer_output(x, layer, 1.0, 0), x @ W.T).item()
 
 
 @pytest.mark.parametrize("rotation", [0, 32, 128])
@@ -33,7 +34,7 @@ def test_without_quantization_nothing_changes(layer, rotation):
 
 
 @pytest.mark.parametrize("rotation", [0, 32])
-def test_moments_are_those_of_the_transformed_input(layer, rotation):
+def test_hessian_is_that_of_the_transformed_input(layer, rotation):
     W, x = layer
     mean = x[:100].mean(0).bfloat16()
     transform = InputTransform(smoothing_of(W, x), mean, rotation)
@@ -42,6 +43,17 @@ def test_moments_are_those_of_the_transformed_input(layer, rotation):
     torch.testing.assert_close(
         transform.hessian(centered.T @ centered), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
     )
+
+
+def test_the_rotation_matrix_is_built_once(layer):
+    W, x = layer
+    smooth = smoothing_of(W, x)
+    transform = InputTransform(smooth, torch.zeros_like(smooth), 32)
+    z = transform.apply(x)
+    with OperationLog() as log:
+        again = transform.apply(x)
+    assert torch.equal(again, z) and torch.equal(z, rotate(x / smooth.float(), 32))
+    assert log.names.count("kron.default") == 0 and "fill_.Scalar" not in log.names
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -53,7 +65,7 @@ def test_a_token_at_the_mean_is_exact(layer, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_centring_pays_where_channels_have_means(layer, name):
+def test_mean_subtraction_lowers_the_error_where_channels_have_means(layer, name):
     W, x = layer
     x = x + 2 * x.std(0) * torch.randn(128, generator=torch.Generator().manual_seed(4))
     train, held_out = x[:256], x[256:]
@@ -63,10 +75,10 @@ def test_centring_pays_where_channels_have_means(layer, name):
     assert held_out_error(W, held_out, centered, name) < 0.8 * held_out_error(W, held_out, plain, name)
 
 
-def test_rotation_pays_for_int4(layer):
+def test_rotation_lowers_the_error_of_int4(layer):
     W, x = layer
     smooth = smoothing_of(W, x[:256])
     plain, rotated = (
-        held_out_error(W, x[256:], InputTransform(smooth, torch.zeros_like(smooth), block), "int4") for block in (0, 64)
+        held_out_error(W, x[256:], InputTransform(smooth, torch.zeros_like(smooth), size), "int4") for size in (0, 64)
     )
     assert rotated < 0.9 * plain

@@ -1,4 +1,4 @@
-"""Scales by error: never worse than by absmax, and right in cases worked out by hand."""
+"""Scales by error: never worse than by absmax, and correct in cases computed by hand."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def group_errors(fmt, W, scales):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_group_gets_worse_and_the_whole_better(layer, name):
+def test_no_group_is_worse_and_the_whole_is_better(layer, name):
     W, _ = layer
     fmt = get_format(name)
     by_error, by_absmax = (
@@ -25,7 +25,7 @@ def test_no_group_gets_worse_and_the_whole_better(layer, name):
     assert by_error.sum() < 0.97 * by_absmax.sum()
 
 
-def test_mxfp4_saturates_one_value_to_be_finer_elsewhere():
+def test_mxfp4_saturates_one_value_for_a_finer_scale():
     # Absmax 6.4 needs scale 2: 3.2 -> 3 loses 0.4^2, and 0.5 / 2 = 0.25 is a tie that goes to 0, losing 31 * 0.5^2.
     # Scale 1 saturates 6.4 at 6, which loses the same 0.4^2, and holds 0.5 exactly.
     W = torch.full((1, 32), 0.5)
@@ -36,8 +36,8 @@ def test_mxfp4_saturates_one_value_to_be_finer_elsewhere():
     assert scales_by_error(get_format("mxfp4"), W).group.item() == 128
 
 
-def test_nvfp4_puts_the_largest_value_at_four_where_that_fits():
-    # With the largest at 6, 5 lies in the gap between 4 and 6; with 1.5 times the scale 6 and 4.5 are codes 4 and 3.
+def test_nvfp4_maps_the_largest_value_to_four_where_that_fits():
+    # With scale 1, 4.5 would be in the gap between 4 and 6; with scale 1.5, 6 and 4.5 are the elements 4 and 3.
     # A second group holds the tensor's absmax 2688 = 6 * 448, so that the tensor scale is 1.
     W = torch.zeros(1, 32)
     W[0, :8], W[0, 8:16], W[0, 16] = 6.0, 4.5, 2688.0

@@ -3,14 +3,14 @@ import json
 import pytest
 import torch
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput, UnsupportedCheckpoint, UserError
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 
 TARGETS = ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2")
 SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, True, {TARGETS[1]: 64}, (1000.0, 950.0, 900.0), TARGETS)
 CONFIG = {
     "quant_method": "stepquant",
-    "version": 1,
+    "version": 2,
     "weight_format": "nvfp4",
     "activation_format": "mxfp4",
     "activation_rounding": "ceil",
@@ -39,19 +39,16 @@ def test_weights_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "svdquant"}, "quant_method is 'svdquant'"),
-        ({"version": 2}, "version is 2; this stepquant reads version 1"),
-        ({"version": None}, "version is None"),
         ({"weight_format": "int8"}, "'int8' does not exist; allowed: int4, mxfp4, nvfp4"),
         ({"activation_format": "fp8"}, "'fp8' does not exist"),
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
         ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
         ({"rank": "16"}, "rank is '16'"),
         ({"mean_subtraction": 1}, "mean_subtraction is 1; allowed: true, false"),
-        ({"rotations": {"blocks.0.ffn.net.2": 48}}, "allowed: a power of two"),
-        ({"rotations": {"blocks.0.ffn.net.2": True}}, "allowed: a power of two"),
-        ({"rotations": ["blocks.0.ffn.net.2"]}, "allowed: a power of two by module path"),
-        ({"rotations": {"blocks.1.ffn.net.2": 64}}, "name 'blocks.1.ffn.net.2', which is no target"),
+        ({"rotations": {"blocks.0.ffn.net.2": 48}}, "a power of two, by module path"),
+        ({"rotations": {"blocks.0.ffn.net.2": True}}, "a power of two, by module path"),
+        ({"rotations": ["blocks.0.ffn.net.2"]}, "allowed: a Hadamard size, which is a power of two, by module path"),
+        ({"rotations": {"blocks.1.ffn.net.2": 64}}, "name 'blocks.1.ffn.net.2', which is not in targets"),
         ({"bin_edges": [1000.0]}, "allowed: at least two falling values"),
         ({"bin_edges": [900.0, 1000.0]}, "allowed: at least two falling values"),
         ({"bin_edges": [1000.0, "900"]}, "allowed: at least two falling values"),
@@ -68,8 +65,38 @@ def test_wrong_config(change, message):
         QuantizationSettings.from_config(CONFIG | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "svdquant"}, "quant_method is 'svdquant'; allowed: 'stepquant'"),
+        ({"version": 3}, "version is 3; this stepquant reads version 2: install the stepquant that wrote"),
+        ({"version": None}, "version is None; this stepquant reads version 2"),
+    ],
+)
+def test_other_methods_and_versions(change, message):
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        QuantizationSettings.from_config(CONFIG | change)
+
+
+def test_version_1_names_the_remedy():
+    """Version 1 had `centred` in place of `mean_subtraction`: the version is refused before any key is read."""
+    old = {key: value for key, value in CONFIG.items() if key != "mean_subtraction"} | {"version": 1, "centred": True}
+    with pytest.raises(UnsupportedCheckpoint) as caught:
+        QuantizationSettings.from_config(old)
+    assert str(caught.value) == (
+        "quantization_config: version is 1, written by an older stepquant; this one reads version 2: "
+        "write the checkpoint again with stage pack (dvc repro)"
+    )
+
+
+def test_wrong_values_are_value_errors():
+    with pytest.raises(ValueError, match="rank is -1") as caught:
+        QuantizationSettings.from_config(CONFIG | {"rank": -1})
+    assert isinstance(caught.value, InvalidInput)
+
+
 def test_missing_keys():
-    with pytest.raises(UserError, match="missing rank, targets"):
+    with pytest.raises(InvalidInput, match="missing rank, targets"):
         QuantizationSettings.from_config({k: v for k, v in CONFIG.items() if k not in ("rank", "targets")})
 
 
@@ -120,6 +147,6 @@ def test_tensors_of_a_linear(weight, activation, rank, expected):
     assert linear_layout(settings, N=256, K=128) == expected
 
 
-def test_a_centred_layout_has_a_mean():
+def test_a_layout_with_mean_subtraction_has_a_mean():
     settings = QuantizationSettings("int4", "int4", "ceil", 0, True, {}, (1000.0, 0.0), ("a",))
     assert linear_layout(settings, N=256, K=128)["mean"] == ((128,), torch.bfloat16)

@@ -95,7 +95,7 @@ def activation_by_hand(x, fmt, ratio, offset, rounding):
 @pytest.mark.parametrize("weight", FORMATS)
 def test_equals_the_definition(weight, activation, rank, bin_):
     linear = make_linear(weight, activation, rank)
-    linear.bin.fill_(bin_)
+    linear.bin.set(bin_)
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
     smoothed = x / linear.smooth_factor.float()
     if activation:
@@ -108,20 +108,20 @@ def test_equals_the_definition(weight, activation, rank, bin_):
 
 
 def sylvester(order):
-    """Hadamard matrix of Sylvester's construction, entry by entry: -1 to the number of bits that row and column share."""
+    """Sylvester's Hadamard matrix, entry by entry: -1 to the number of bits that are set in both row and column."""
     return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)])
 
 
 @pytest.mark.parametrize("weight", FORMATS)
 @pytest.mark.parametrize("rotation", [0, 16, 64])
-def test_centred_and_rotated(weight, rotation):
+def test_mean_subtraction_and_rotation(weight, rotation):
     linear = make_linear(weight, weight, mean_subtraction=True, rotation=rotation)
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
-    seen = (x - linear.mean.float()) / linear.smooth_factor.float()
+    z = (x - linear.mean.float()) / linear.smooth_factor.float()
     if rotation:
-        seen = seen @ torch.block_diag(*[sylvester(rotation) / rotation**0.5] * (K // rotation))
+        z = z @ torch.block_diag(*[sylvester(rotation) / rotation**0.5] * (K // rotation))
     expected = (
-        activation_by_hand(seen, weight, RATIOS[0], OFFSETS[0] if weight == "mxfp4" else 0, "ceil")
+        activation_by_hand(z, weight, RATIOS[0], OFFSETS[0] if weight == "mxfp4" else 0, "ceil")
         @ weight_by_hand(linear, weight).T
     )
     expected += linear.bias + x @ linear.proj_down.float() @ linear.proj_up.float().T
@@ -129,7 +129,7 @@ def test_centred_and_rotated(weight, rotation):
 
 
 def test_a_rotation_that_does_not_fit():
-    with pytest.raises(UserError, match="block 256 for 128 channels"):
+    with pytest.raises(UserError, match="256 for 128 channels"):
         make_linear("int4", "int4", rotation=256)
 
 
@@ -160,13 +160,13 @@ def test_low_precision_input(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_state(fmt):
-    """What is stored is the layout and the bias; the bin moves with the module but is not stored."""
+    """The layout and the bias are stored. The bin is neither stored nor moved with the module."""
     linear = make_linear(fmt, fmt)
     expected = {"qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "clip_ratio", "bias"}
     expected |= {"wtscale", "wcscales"} if fmt == "nvfp4" else set()
     expected |= {"clip_exponent"} if fmt == "mxfp4" else set()
     assert set(linear.state_dict()) == expected
-    assert dict(linear.named_buffers())["bin"].dtype == torch.int64
+    assert set(dict(linear.named_buffers())) == expected - {"bias"}
     assert all(t.device.type == "meta" for t in (*linear.to("meta").buffers(), *linear.parameters()))
     assert isinstance(linear, torch.nn.Linear) and not hasattr(linear, "weight")
 
@@ -191,7 +191,7 @@ def test_compiles_once_over_bins(fmt):
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(2))
     outputs = []
     for bin_ in range(3):
-        linear.bin.fill_(bin_)
+        linear.bin.set(bin_)
         outputs.append(compiled(x))
         assert torch.equal(outputs[-1], linear(x))
     assert counter.frame_count == 1

@@ -9,7 +9,7 @@ from stepquant.errors import UserError
 from stepquant.models.bins import make_bins
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
-from stepquant.runtime.timestep import bin_index, follow_timestep, set_bin
+from stepquant.runtime.timestep import bin_index, follow_timestep
 
 EDGES = (1000.0, 950.0, 925.0, 900.0)
 
@@ -35,13 +35,17 @@ def test_agrees_with_bins(spec):
     ("t", "expected"), [(999, 0), (951, 0), (950, 1), (926, 1), (925, 2), (900, 2), (1200, 0), (3, 2)]
 )
 def test_integer_timesteps_by_hand(t, expected):
-    """Edges 1000, 950, 925, 900: bin 0 holds t > 950, bin 1 925 < t <= 950, bin 2 the rest; beyond the ends, the end bins."""
+    """Edges 1000, 950, 925, 900: bin 0 is t > 950, bin 1 is 925 < t <= 950, bin 2 the rest, also beyond the ends."""
     assert bin_index(torch.tensor([t]), EDGES).item() == expected
 
 
 def test_timestep_per_token():
     """Wan 2.2 TI2V passes t per token, 0 for the tokens of the given frame."""
     assert bin_index(torch.tensor([[0.0, 0.0, 940.0, 940.0]]), EDGES).item() == 1
+
+
+def current(linear):
+    return linear.bin.on(torch.device("cpu")).item()
 
 
 class Denoiser(nn.Module):
@@ -72,7 +76,7 @@ def test_the_timestep_chooses_the_clip(fmt):
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2))
     expected = []
     for i in range(3):
-        set_bin(denoiser, torch.tensor([i]))
+        denoiser.linear.bin.set(torch.tensor([i]))
         expected.append(denoiser(x, torch.tensor([0, 0])))
     assert not any(torch.equal(expected[i], expected[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
 
@@ -89,9 +93,9 @@ def test_a_copy_follows_its_own_timestep():
     x = torch.zeros(1, 128)
     denoiser(x, torch.tensor([1000]))
     other(x, torch.tensor([900]))
-    assert denoiser.linear.bin.item() == 0 and other.linear.bin.item() == 2
+    assert current(denoiser.linear) == 0 and current(other.linear) == 2
 
 
 def test_denoiser_without_timestep():
-    with pytest.raises(UserError, match="Linear.forward takes no `timestep`"):
+    with pytest.raises(UserError, match="Linear.forward has no parameter `timestep`"):
         follow_timestep(nn.Linear(2, 2), EDGES)

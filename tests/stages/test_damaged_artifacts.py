@@ -36,11 +36,11 @@ def test_factors_that_are_missing_or_truncated(folder, refused, how):
 
 def test_a_missing_chunk_of_the_activations(folder, refused):
     """Zarr would read zeros. Units of capture are whole, and bring it back."""
-    chunk = folder.root / "artifacts/activations/high_noise.zarr/block_00/attn2.q/hessian/c/0/0"
+    chunk = folder.root / "artifacts/activations/high_noise.zarr/block_00/attn2.q/channels/c/0/0"
     whole = chunk.read_bytes()
     chunk.unlink()
     message = refused("lowrank", *HIGH)
-    assert "attn2.q/hessian: 0 of 1 chunks are there; remove the folder and run its stage again" in message
+    assert "attn2.q/channels: 0 of 1 chunks are there; remove the folder and run its stage again" in message
     folder.finish("capture", *HIGH)
     assert chunk.read_bytes() == whole
 

@@ -3,7 +3,7 @@ import pytest
 from stepquant.storage.atomic import finished_folder_or_absent, finished_or_absent
 
 
-def test_the_file_appears_when_the_block_ends(tmp_path):
+def test_the_file_appears_at_the_end_of_the_with_block(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with finished_or_absent(path) as partial:
         partial.write_text("whole")

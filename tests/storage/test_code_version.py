@@ -19,7 +19,8 @@ FILES = {
     "stages/__init__.py": "import fake.unused\n",
     "stages/_stage.py": "import fake.unused\n",
     "stages/run.py": "from fake.numbers import pi\nimport stepquant.paramsets\nfrom stepquant import params\n"
-    "from stepquant.errors import UserError\nimport stepquant.compute.units\nfrom stages import _stage\nfrom stages._stage import x\n",
+    "from stepquant.errors import UserError\nimport stepquant.compute.units\n"
+    "from stages import _stage\nfrom stages._stage import x\n",
 }
 
 

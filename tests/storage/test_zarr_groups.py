@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stepquant.errors import UserError
-from stepquant.storage.zarr_groups import group_metadata, open_group, read_tensor, write_group
+from stepquant.storage.zarr_groups import array_shape, group_metadata, open_group, read_tensor, write_group
 
 
 def every_bfloat16():
@@ -44,7 +44,7 @@ def refusal(function, *arguments):
     return str(caught.value)
 
 
-def test_what_is_written_is_read(folder, tensors):
+def test_tensors_are_read_as_written(folder, tensors):
     group = open_group(folder)
     assert group.attrs["tokens"] == [3, 4]
     for name, tensor in tensors.items():
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(folder, tensors):
     assert torch.equal(read_tensor(group, "four", 1), tensors["four"][1])
 
 
-def test_bfloat16_comes_back_bit_for_bit(tmp_path):
+def test_bfloat16_is_kept_bit_for_bit(tmp_path):
     tensor = every_bfloat16()
     write_group(tmp_path / "group", {"x": tensor}, {})
     read = read_tensor(open_group(tmp_path / "group"), "x")
@@ -62,12 +62,27 @@ def test_bfloat16_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(read.view(torch.int16), tensor.view(torch.int16))
 
 
-def test_arrays_lie_uncompressed_in_one_file_per_index_or_one_in_all(folder, tensors):
+def test_arrays_are_uncompressed_in_one_file_or_one_per_index(folder, tensors):
     stored = files(folder)
     assert {name for name in stored if name.startswith("three/c/")} == {f"three/c/{i}/0/0" for i in range(3)}
     assert stored["three/c/1/0/0"] == tensors["three"][1].numpy().tobytes()
     assert {name for name in stored if name.startswith("matrix/c/")} == {"matrix/c/0/0"}
     assert stored["matrix/c/0/0"] == np.ascontiguousarray(tensors["matrix"].numpy()).tobytes()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 11])
+def test_an_array_in_parts_is_one_file(tmp_path, rows):
+    """Ten rows of four values; the last part is filled up with zeros, and 16 bytes per part and 4 are the index."""
+    tensor = torch.arange(40, dtype=torch.float64).reshape(10, 4)
+    write_group(tmp_path / "group", {"x": tensor, "y": tensor}, {}, part_rows={"x": rows})
+    group, parts = open_group(tmp_path / "group"), -(-10 // rows)
+    for index in (slice(None), slice(0, 1), slice(2, 7), slice(9, 10), 4):
+        assert torch.equal(read_tensor(group, "x", index), tensor[index])
+    assert array_shape(group, "x") == array_shape(group, "y") == (10, 4)
+    content = files(tmp_path / "group")["x/c/0/0"]
+    assert content[: 40 * 8] == tensor.numpy().tobytes()
+    assert len(content) == parts * (rows * 32 + 16) + 4
+    assert len(files(tmp_path / "group")) == 5
 
 
 def test_the_same_tensors_give_the_same_bytes(folder, tensors, tmp_path):
@@ -87,18 +102,19 @@ def test_the_completion_marker_comes_last(tmp_path, tensors):
     )
 
 
-def test_a_group_that_is_not_there(tmp_path):
+def test_a_missing_group(tmp_path):
     for folder in (tmp_path / "absent", tmp_path):
         assert refusal(open_group, folder) == f"{folder}: no such Zarr group; run the stage that writes it"
 
 
-def test_a_group_whose_metadata_is_cut_off(folder):
+def test_truncated_metadata(folder):
     (folder / "zarr.json").write_text("{")
     assert refusal(open_group, folder).startswith(f"{folder}: broken Zarr metadata (")
 
 
-def test_an_array_that_is_not_there(folder):
-    assert refusal(read_tensor, open_group(folder), "absent").endswith("group/absent: no such array")
+def test_a_missing_array(folder):
+    for read in (read_tensor, array_shape):
+        assert refusal(read, open_group(folder), "absent").endswith("group/absent: no such array")
 
 
 def test_a_deleted_chunk_is_refused_not_read_as_zeros(folder):
@@ -115,7 +131,7 @@ def test_a_truncated_chunk(folder, size):
     assert "group/vector: a chunk is truncated (" in refusal(read_tensor, open_group(folder), "vector")
 
 
-def test_metadata_of_a_group_whose_members_are_written_elsewhere(folder, tensors, tmp_path):
+def test_metadata_of_a_group_with_members_of_others(folder, tensors, tmp_path):
     outer = tmp_path / "outer"
     outer.mkdir()
     folder.rename(outer / "member")

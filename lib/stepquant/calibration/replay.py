@@ -1,12 +1,13 @@
-"""Replays the recorded calls of one expert through its blocks, and keeps the statistics of every site's input.
+"""Replays the recorded calls of one expert block by block and keeps the statistics of every site's input.
 
-The work is cut both ways: into shards of `capture.calls_per_shard` calls, and into ranges of `capture.blocks_per_shard` blocks. A
-shard takes its calls through one range, one block at a time. It holds what goes from block to block in memory, keeps the
-last outputs for the next range, and keeps the sums of every block's statistics. Adding up the shards in their order gives a
-block's statistics.
+The work is divided into shards of `capture.calls_per_shard` calls and ranges of `capture.blocks_per_shard` blocks. A
+unit of work runs the calls of one shard through one block range, a block at a time. It keeps hidden states in host
+memory, stores the last block's outputs for the next range, and stores the sums of every block's statistics. Merging the
+shards in their order gives a block's statistics.
 
-    <shard>/hidden_states.<first call>.safetensors   a chunk's outputs of the last block [B, T, D], if there is a block after it
-    <shard>/<block>/<site>.safetensors               sums and samples (observer.py)
+    <unit>/hidden_states.<first call>.safetensors   output [B, T, D] of the range's last block for a chunk of calls;
+                                                    absent after the expert's last block
+    <unit>/<block>/<site>.safetensors               sums and samples (observer.py)
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepquant.calibration.observer import SamplingPlan, SiteObserver, merge_shards, plan_sampling
+from stepquant.calibration.hidden_states import HiddenStates, open_hidden_states
+from stepquant.calibration.merge import merge_shards
+from stepquant.calibration.observer import SiteObserver
+from stepquant.calibration.sampling_plan import SamplingPlan, plan_sampling
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Call, Trajectories, spread_over_bins
 from stepquant.models.bins import Bins
@@ -32,20 +36,29 @@ from stepquant.storage import object_store
 
 
 def replayed_calls(trajectories: Trajectories, expert: str, bins: Bins, settings: Capture) -> list[Call]:
-    """The recorded calls of an expert that capture runs through its blocks."""
+    """The recorded calls of an expert that capture runs through its blocks, ordered by prompt, step and branch."""
     return spread_over_bins(trajectories.calls(expert), bins, settings.steps_per_bin)
 
 
 def cut_ranges(count: int, size: int) -> list[range]:
-    """0 to count - 1 in ranges of `size`, the last one what is left."""
+    """Divide 0 to count - 1 into ranges of `size`; the last one can be shorter."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The work of one shard: some of an expert's calls through a range of blocks.
+    """The work of one unit: some of an expert's calls through one range of blocks.
 
-    trajectories: the artifact. previous: the folder of the same calls' shard of the block range before, None for the first.
+    Attributes:
+        expert: name of the expert.
+        manifest: the source model.
+        trajectories: the artifact with the recorded calls.
+        compute: device and dtype.
+        capture: how the work is divided, and how many tokens are kept.
+        bins: the expert's bins.
+        blocks: indices of the blocks.
+        calls: indices of the calls.
+        previous: folder of the unit with the same calls and the block range before; None for the first range.
     """
 
     expert: str
@@ -59,58 +72,81 @@ class Shard:
     previous: Path | None
 
     def __call__(self, folder: Path) -> None:
-        """Replay, and write the shard's files into a folder. Raises UserError for NaN or Inf in an activation."""
+        """Replay the calls and write the unit's files.
+
+        Args:
+            folder: the unit's folder.
+
+        Raises:
+            UserError: NaN or Inf in an activation, or a missing or damaged input.
+        """
         trajectories = Trajectories(self.trajectories)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
         chunks = [
             self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
         ]
-        inputs, hidden = self._first_inputs(model, trajectories, calls, chunks)
-
-        def batches() -> Iterator[tuple[range, BlockInputs]]:
-            for positions, found, states in zip(chunks, inputs, hidden):
-                yield positions, found.with_hidden_states(states.to(found.timestep_proj.device))
-
+        inputs, first = self._first_inputs(model, trajectories, calls, chunks)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
-        for index in self.blocks:
-            observers = BlockObservers(self, index, calls, plans)
-            for n, (_, output) in enumerate(replay_block(model.block(index), WAN_SITES, batches(), observers.observe)):
-                hidden[n] = output.cpu()  # in place of this block's input: at the real size all of them are 16 GB
-            observers.save(folder / block_name(index))
-        if self.blocks.stop < self.manifest.expert(self.expert).blocks:
-            for positions, states in zip(chunks, hidden):
-                save_file({"hidden_states": states}, folder / hidden_states_file(positions))
+        with open_hidden_states(first, self.compute.device) as hidden:
+            for index in self.blocks:
+                observers = BlockObservers(self, index, calls, plans)
+                batches = _batches(chunks, inputs, hidden)
+                for n, (_, output) in enumerate(
+                    replay_block(model.block(index), WAN_SITES, batches, observers.observe)
+                ):
+                    hidden.put(n, output)
+                observers.save(folder / block_name(index))
+            if self.blocks.stop < self.manifest.expert(self.expert).blocks:
+                for n, positions in enumerate(chunks):
+                    save_file({"hidden_states": hidden.host(n)}, folder / hidden_states_file(positions))
 
     def _first_inputs(
         self, model: Denoiser, trajectories: Trajectories, calls: list[Call], chunks: list[range]
     ) -> tuple[list[BlockInputs], list[torch.Tensor]]:
-        """Per chunk: what every block is given, and the hidden states that the shard's first block is given, on the CPU.
+        """Per chunk: the inputs that all blocks share, and the hidden states of the shard's first block on the host.
 
-        Reading the calls and running the prologue takes a fifth of a block's forward, so it is done once for all blocks.
+        Reading the calls and running the prologue takes a fifth of a block's forward, so it is done once for all
+        blocks. What is kept on the device is 5.4 MB per call and 34 MB of rotary embeddings at the size of
+        Wan2.2-I2V-A14B.
         """
         prologue = load_prologue(model.weights.folder.absolute(), model.device, model.dtype)
-        inputs, hidden = [], []
+        inputs: list[BlockInputs] = []
+        hidden = []
         for positions in chunks:
             found = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
             if self.previous is None:
                 hidden.append(found.hidden_states.cpu())
             else:
                 hidden.append(load_file(self.previous / hidden_states_file(positions))["hidden_states"])
-            inputs.append(found.with_hidden_states(hidden[-1]))
+            inputs.append(found.kept(inputs[0] if inputs else None))
         return inputs, hidden
 
 
+def _batches(
+    chunks: list[range], inputs: list[BlockInputs], hidden: HiddenStates
+) -> Iterator[tuple[range, BlockInputs]]:
+    """The calls of every chunk with a block's inputs."""
+    for n, (positions, found) in enumerate(zip(chunks, inputs)):
+        yield positions, found.with_hidden_states(hidden.get(n))
+
+
 class BlockObservers:
-    """The statistics of one block's sites over one shard's calls."""
+    """The statistics of one block's sites over one shard's calls.
+
+    Args:
+        shard: the unit of work.
+        block: index of the block.
+        calls: all calls of the expert.
+        plans: sampling plans by site, shared by all blocks; missing ones are added.
+    """
 
     def __init__(self, shard: Shard, block: int, calls: list[Call], plans: dict[str, SamplingPlan]):
-        """plans: by site, of the blocks before; what is missing is added."""
         self.shard, self.block, self.calls, self.plans = shard, block, calls, plans
         self.sites: dict[str, SiteObserver] = {}
 
     def observe(self, site: str, x: torch.Tensor, positions: range) -> None:
-        """Take in a site's input x [B, T, K] for the calls at some positions."""
+        """Add a site's input x [B, T, K] of the calls at some positions."""
         if site not in self.plans:
             self.plans[site] = self._plan(site, x.shape[1])
         if site not in self.sites:
@@ -119,9 +155,10 @@ class BlockObservers:
         self.sites[site].observe(x, [self.calls[i] for i in positions], positions)
 
     def save(self, folder: Path) -> None:
+        """Write one file per site. Raises UserError if an input had NaN or Inf."""
         folder.mkdir()
-        for site, found in self.sites.items():
-            save_file(found.tensors(), folder / f"{site}.safetensors")
+        for site, observer in self.sites.items():
+            save_file(observer.tensors(), folder / f"{site}.safetensors")
 
     def _plan(self, name: str, tokens: int) -> SamplingPlan:
         site, settings = next(s for s in WAN_SITES if s.name == name), self.shard.capture
@@ -136,19 +173,28 @@ class BlockObservers:
 
 @lru_cache(maxsize=1)
 def load_prologue(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """An expert's prologue, kept for the next shard: at the real size, loading it takes as long as several calls."""
+    """An expert's prologue, cached for the next shard, because loading it takes as long as several calls."""
     return Denoiser(folder, device, dtype).prologue()
 
 
 def hidden_states_file(positions: range) -> str:
-    """The name of the file of a chunk's outputs in its shard."""
+    """File name of the outputs of a chunk of calls in the unit's folder."""
     return f"hidden_states.{positions.start:06d}.safetensors"
 
 
 def add_up_shards(shards: list[Path], block: str, url: str | None, folder: Path) -> None:
-    """Write a block's statistics, one Zarr group per site, from the folders of its shards, one shard's sums of one site in memory at a time.
+    """Merge the shards of one block and write its statistics, one Zarr group per site.
 
-    url: the object store to put them into, None for the disk.
+    One site's sums of one shard are in memory at a time, beside the merged ones.
+
+    Args:
+        shards: folders of the units of all calls, in the order of the calls.
+        block: folder name of the block.
+        url: the object store into which the groups are moved; None leaves them on disk.
+        folder: where the groups are written.
+
+    Raises:
+        UserError: the object store refuses.
     """
     for site in WAN_SITES:
         merge_shards(folder / site.name, (load_file(shard / block / f"{site.name}.safetensors") for shard in shards))
@@ -160,9 +206,17 @@ def add_up_shards(shards: list[Path], block: str, url: str | None, folder: Path)
 def site_inputs(
     block: nn.Module, sites: Iterable[Site], observe: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """While the block runs, observe(site, x) gets the input of each site the moment it is there.
+    """Observe the input of each site while a block runs.
 
-    Nothing is kept: the inputs of all sites of one 81-frame call of Wan2.2-I2V-A14B would be 2.6 GB.
+    Inputs are not kept: those of all sites for one 81-frame call of Wan2.2-I2V-A14B would be 2.6 GB.
+
+    Args:
+        block: the block's module.
+        sites: the sites to observe.
+        observe: called with a site's name and input [B, T, K], before the site's first linear runs.
+
+    Yields:
+        Nothing; the hooks are removed at the end of the `with` block.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -186,10 +240,17 @@ def replay_block(
     batches: Iterable[tuple[range, BlockInputs]],
     observe: Callable[[str, torch.Tensor, range], None],
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """Run a block over batches of calls; yields each batch's output [B, T, D] for the next block.
+    """Run a block over batches of calls.
 
-    batches: positions of the calls and their inputs. observe(site, x [B, T, K], positions) gets every site's input, which it
-    must not change.
+    Args:
+        block: the block's module.
+        sites: the sites to observe.
+        batches: positions of the calls, and the block's inputs for them.
+        observe: called with a site's name, its input [B, T, K] and the positions of the calls; must not change the
+            input.
+
+    Yields:
+        The positions of each batch and the block's output [B, T, D], which is the next block's hidden states.
     """
     positions = range(0)
     with site_inputs(block, sites, lambda site, x: observe(site, x, positions)):

@@ -14,9 +14,13 @@ from stepquant.recipe.site_statistics import SiteStatistics
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """One block of an expert and what was computed of it; everything is read when asked for, one site at a time.
+    """One block of an expert and the artifacts computed from it. Tensors are read on request, one site at a time.
 
-    folders: the expert's folder by kind of artifact: "activations", "lowrank", "residual"; only those that are read.
+    Attributes:
+        index: number of the block.
+        model: the expert's weights; tensors are put onto its device.
+        folders: the expert's folder by kind of artifact ("activations", "lowrank", "residual"); only those that are
+            read.
     """
 
     index: int
@@ -28,14 +32,17 @@ class StoredBlock:
         return torch.cat([self.model.linear_weight(self.index, linear) for linear in site.linears])
 
     def statistics(self, site: Site) -> SiteStatistics:
+        """The statistics of a site's input. Raises UserError if they are missing or damaged."""
         return read_statistics(site_folder(self.folders["activations"], self.index, site.name), self.model.device)
 
     def transform_factors(self, site: Site) -> TransformFactors:
+        """Input transform and low-rank branch of a site. Raises UserError if the file is missing or damaged."""
         return TransformFactors.from_file(
             self.folders["lowrank"] / block_name(self.index), site.name, self.model.device
         )
 
     def residual_factors(self, site: Site) -> ResidualFactors:
+        """Rounded residual and refitted branch of a site. Raises UserError if the file is missing or damaged."""
         return ResidualFactors.from_file(
             self.folders["residual"] / block_name(self.index), site.name, self.model.device
         )

@@ -5,22 +5,42 @@ from pathlib import Path
 
 import torch
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput
 from stepquant.models.weights import Weights
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.linear import W4A4Linear
 
 
 def read_settings(folder: Path) -> QuantizationSettings:
-    """The quantization settings of a packed denoiser's folder. Raises UserError if it has none."""
+    """The quantization settings of a denoiser in a checkpoint.
+
+    Args:
+        folder: the folder of the denoiser, such as `full/transformer`.
+
+    Raises:
+        InvalidInput: if the denoiser is not quantized.
+        UserError: as `QuantizationSettings.from_config`.
+    """
     config = json.loads((folder / "config.json").read_text())
     if "quantization_config" not in config:
-        raise UserError(f"{folder}: config.json has no quantization_config; expected a denoiser that stage pack wrote")
+        raise InvalidInput(
+            f"{folder}: config.json has no quantization_config; expected a denoiser that stage pack wrote"
+        )
     return QuantizationSettings.from_config(config["quantization_config"])
 
 
 def read_linear(weights: Weights, settings: QuantizationSettings, target: str, device: str) -> W4A4Linear:
-    """The linear called `target` as packed, on a device; its bias, if there is one, in float32."""
+    """One quantized linear, its bias, if there is one, in float32.
+
+    Args:
+        weights: of the denoiser, from `open_weights`.
+        settings: of the denoiser, from `read_settings`.
+        target: module path of the linear.
+        device: where its tensors are put.
+
+    Raises:
+        UserError: if the checkpoint lacks one of its tensors.
+    """
     N, half_K = weights.shape(f"{target}.qweight")
     K = 2 * half_K
     has_bias = f"{target}.bias" in weights

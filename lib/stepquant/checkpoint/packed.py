@@ -28,16 +28,20 @@ class PackedLinear:
     bias: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, without the absent ones."""
+        """The tensors that are present, by name."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def check(self, settings: QuantizationSettings, N: int, K: int) -> None:
-        """Raises ValueError unless names, shapes and dtypes are those of a quantized [N, K] linear."""
+        """Compare names, shapes and dtypes with those of a quantized [N, K] linear.
+
+        Raises:
+            ValueError: if one differs.
+        """
         found = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
         expected = linear_layout(settings, N, K)
-        if settings.mean_subtraction:  # in the dtype of the source's bias
-            expected |= {"bias": ((N,), None if self.bias is None else self.bias.dtype)}
+        if settings.mean_subtraction:  # any dtype: that of the source's bias
+            expected["bias"] = ((N,), torch.float32 if self.bias is None else self.bias.dtype)
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if wrong:
             differences = "; ".join(f"{n} is {found.get(n)}, expected {expected.get(n)}" for n in wrong)
@@ -52,31 +56,34 @@ def pack_site(
     *,
     mean_subtraction: bool,
 ) -> dict[str, PackedLinear]:
-    """The linears of a site from its stacked layer, on the CPU.
+    """Pack the linears of a site.
 
-    linears: shape (N, K) by module path, in the order in which their rows are stacked. biases [N]: the source's, by module path; with
-    mean_subtraction they take what the mean contributes. clip: ratio and exponent offset per bin, as in `pack_linear`.
+    Args:
+        layer: the quantized layer of the site, the rows of all its linears stacked.
+        linears: shape (N, K) by module path, in the order in which their rows are stacked.
+        biases: the source's bias [N] by module path; used with mean subtraction only.
+        clip: clip ratio and exponent offset per bin, as in `pack_linear`.
+        mean_subtraction: whether the layer subtracts a mean, so that it is stored and its contribution to the output is
+            added to the biases.
+
+    Returns:
+        The packed linears by module path, on the CPU.
     """
     packed, start = {}, 0
     for path, (N, _) in linears.items():
         rows = slice(start, start := start + N)
-        mean = bias = None
-        if mean_subtraction:
-            mean, bias = (
-                layer.transform.mean.cpu(),
-                (biases[path].float() + layer.offset[rows]).to(biases[path].dtype).cpu(),
-            )
-        rank = layer.proj_down.shape[1]
+        scales, rank = layer.scales, layer.proj_down.shape[1]
+        bias = (biases[path].float() + layer.offset[rows]).to(biases[path].dtype) if mean_subtraction else None
         packed[path] = pack_linear(
             layer.codes[rows].cpu(),
-            Scales(layer.scales.group[rows].cpu(), None if layer.scales.tensor is None else layer.scales.tensor.cpu()),
+            Scales(scales.group[rows].cpu(), None if scales.tensor is None else scales.tensor.cpu()),
             layer.transform.smooth.cpu(),
             proj_down=layer.proj_down.cpu() if rank else None,
             proj_up=layer.proj_up[rows].cpu() if rank else None,
             clip_ratio=clip[0],
             clip_exponent=clip[1],
-            mean=mean,
-            bias=bias,
+            mean=layer.transform.mean.cpu() if mean_subtraction else None,
+            bias=None if bias is None else bias.cpu(),
         )
     return packed
 
@@ -93,15 +100,27 @@ def pack_linear(
     mean: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> PackedLinear:
-    """Packs the 4-bit codes of one linear and lays its scales out as stored.
+    """Pack the 4-bit codes of one linear, and arrange its scales as they are stored.
 
-    codes: uint8 [N, K], 0..15. scales: as Format.scales or weight_scales gave them, group [N, K/G].
-    smooth bfloat16 [K], proj_down bfloat16 [K, R] for the raw input, proj_up bfloat16 [N, R] (both None for rank 0),
-    clip_ratio float32 [bins] (None if activations stay unquantized), clip_exponent int8 [bins] (None unless they are mxfp4),
-    mean bfloat16 [K] and bias [N] (both None unless a mean is subtracted).
+    Nothing is rounded here. The residual was computed with the stored values of everything else, so rounding one of
+    them now would add an error that nothing corrects.
 
-    Nothing is rounded here, because what was rounded after the residual was formed would not be corrected by it:
-    raises ValueError if the tensor scale is no bfloat16 value, and PackedLinear.check finds any other dtype.
+    Args:
+        codes: uint8 [N, K], 0..15.
+        scales: from `Format.scales` or `weight_scales`; group [N, K/G].
+        smooth: bfloat16 [K].
+        proj_down: bfloat16 [K, R], applied to the raw input; None for rank 0.
+        proj_up: bfloat16 [N, R]; None for rank 0.
+        clip_ratio: float32 [bins]; None if activations stay unquantized.
+        clip_exponent: int8 [bins]; None unless activations are mxfp4.
+        mean: bfloat16 [K]; None unless a mean is subtracted.
+        bias: [N]; None unless a mean is subtracted.
+
+    Returns:
+        The packed linear. `PackedLinear.check` compares its tensors with the layout.
+
+    Raises:
+        ValueError: if the scale of the whole tensor is not a bfloat16 value.
     """
     N, _ = codes.shape
     wtscale = wcscales = None
@@ -109,7 +128,7 @@ def pack_linear(
         wtscale = scales.tensor.to(torch.bfloat16).reshape(1)
         if wtscale.item() != scales.tensor.item():
             found = scales.tensor.item()
-            raise ValueError(f"tensor scale {found} is no bfloat16 value; round it before computing group scales")
+            raise ValueError(f"tensor scale {found} is not a bfloat16 value; round it before computing group scales")
         wcscales = torch.ones(N, dtype=torch.bfloat16, device=codes.device)
     return PackedLinear(
         qweight=pack_nibbles(codes).view(torch.int8),

@@ -60,8 +60,9 @@ class PackedExpert:
         ]
 
     def output(self, linears: list[W4A4Linear], x: Tensor, timestep_bin: int) -> Tensor:
-        """Stacked output [T, N] of a site's linears for x [T, K], with the clip of a bin."""
+        """Stacked output [T, N] of a site's linears for x [T, K] under the clip of a bin."""
+        # A variant without a clip search was packed with one bin over the whole range.
+        index = torch.full((1,), min(timestep_bin, self.settings.bins - 1), device=x.device)
         for linear in linears:
-            # A variant without a clip search was packed with one bin over the whole range.
-            linear.bin.fill_(min(timestep_bin, self.settings.bins - 1))
+            linear.bin.set(index)
         return torch.cat([linear(x) for linear in linears], dim=1)

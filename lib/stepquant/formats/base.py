@@ -1,13 +1,13 @@
-"""What the 4-bit formats share: the scale record, the Format interface, and the checks of their inputs.
+"""What the 4-bit formats have in common: the scale record, the Format interface, and the checks of their inputs.
 
-Storage contract of every format: a tensor x [..., K] is cut along its last dimension into K/g groups of g neighbours.
-Each value becomes one 4-bit code, each group one scale; a value is worth element(code) * step, where step is the real
-value of its group's scale. Codes are uint8 [..., K] (0..15) until `pack_nibbles` puts two into a byte.
+Storage contract of every format: a tensor x [..., K] is divided along its last dimension into K/g groups of g adjacent
+values. Each value is stored as one 4-bit code, each group as one scale; a value is element(code) * scale, where scale
+is the real value of the group's scale. Codes are uint8 [..., K] (0..15) until `pack_nibbles` puts two into a byte.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -19,19 +19,42 @@ from stepquant.errors import UserError
 class Scales:
     """Scales of a tensor [..., K] as they are stored.
 
-    group: [..., K/g] in the format's own dtype (int4 bfloat16, mxfp4 uint8 holding E8M0, nvfp4 float8_e4m3fn).
-    tensor: float32 scalar [] that multiplies every group scale; nvfp4 only, None elsewhere.
+    Attributes:
+        group: [..., K/g] in the format's own dtype (int4 bfloat16, mxfp4 uint8 that holds E8M0, nvfp4 float8_e4m3fn).
+        tensor: float32 scalar [] that multiplies every group scale; nvfp4 only, None in the other formats.
     """
 
     group: Tensor
     tensor: Tensor | None
 
 
-class Format(ABC):
-    """A 4-bit number format with one scale per group. Instances hold no state; get one with `get_format`.
+class ScaleOptions(TypedDict, total=False):
+    """Keyword arguments of `Format.scales` and `Format.fake_quantize`, all optional.
 
-    name: as in params.yaml. group: values that share a scale. bits: storage per value, group scale included. scale_dtype: of a
-    stored group scale. has_tensor_scale: whether one more scale multiplies the whole tensor.
+    clip: multiplies each group's largest magnitude; a float or a tensor broadcastable to [..., K/g]. Default 1.
+    exponent_offset: added to the E8M0 exponent; an int or an integer tensor broadcastable to [..., K/g]. mxfp4 only.
+    rounding: how mxfp4 turns the magnitude into a power of two, "floor" or "ceil" (default). Other formats ignore it.
+    tensor: the per-tensor scale, float32 []; nvfp4 only, where None means 1.
+    amax: the largest magnitudes from `Format.amax`, if they are known already.
+    """
+
+    clip: float | Tensor
+    exponent_offset: int | Tensor
+    rounding: str
+    tensor: Tensor | None
+    amax: Tensor | None
+
+
+class Format(ABC):
+    """A 4-bit number format with one scale per group. Instances hold no state; `get_format` returns one by name.
+
+    Attributes:
+        name: as in params.yaml.
+        group: number of values that have one scale in common.
+        bits: storage per value, group scale included.
+        scale_dtype: dtype of a stored group scale.
+        has_tensor_scale: whether one more scale multiplies the whole tensor.
+        has_exponent_scale: whether a group scale is a power of two, whose exponent can be offset.
     """
 
     name: ClassVar[str]
@@ -39,32 +62,28 @@ class Format(ABC):
     bits: ClassVar[float]
     scale_dtype: ClassVar[torch.dtype]
     has_tensor_scale: ClassVar[bool] = False
+    has_exponent_scale: ClassVar[bool] = False
 
-    @abstractmethod
-    def scales(
-        self,
-        x: Tensor,
-        *,
-        clip: float | Tensor = 1.0,
-        exponent_offset: int | Tensor = 0,
-        rounding: str = "ceil",
-        tensor: Tensor | None = None,
-        amax: Tensor | None = None,
-    ) -> Scales:
-        """Scales of x [..., K] (any float dtype) from the largest magnitude of each group.
+    def scales(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Scales:
+        """Scales of x from the largest magnitude of each group.
 
-        clip: multiplies each group's largest magnitude; a float or a tensor broadcastable to [..., K/g].
-        exponent_offset: added to the E8M0 exponent; int or integer tensor broadcastable to [..., K/g]; mxfp4 only.
-        rounding: how mxfp4 turns the magnitude into a power of two, "floor" or "ceil"; the others have no choice.
-        tensor: per-tensor scale, float32 []; nvfp4 only, where None means 1.
-        amax: the largest magnitudes, where they are known already; `amax` gives them.
-        Raises UserError if the group does not divide K, or an argument is not one this format has. x must be finite
-        (`check_finite`); that is not tested here because the runtime calls this for every activation.
+        Args:
+            x: [..., K] of any float dtype. It must be finite (`check_finite`); this is not tested here, because the
+                runtime calls this function for every activation.
+            **options: as in `ScaleOptions`.
+
+        Raises:
+            UserError: The group size does not divide K, or an option is one that this format does not have.
         """
+        tensor, exponent_offset = options.get("tensor"), options.get("exponent_offset", 0)
+        self._check_options(tensor, exponent_offset)
+        amax = options.get("amax")
+        amax = (self.amax(x) if amax is None else amax) * options.get("clip", 1.0)
+        return self._scales(amax, exponent_offset, options.get("rounding", "ceil"), tensor)
 
     @abstractmethod
     def tensor_scale(self, x: Tensor) -> Tensor | None:
-        """The per-tensor scale that suits x, float32 [], or None where the format has none."""
+        """The per-tensor scale for x, float32 [], or None where the format has none."""
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes (uint8, 0..15) of x [..., K]: round to nearest, ties to the even code, saturating."""
@@ -76,64 +95,77 @@ class Format(ABC):
         return values.mul_(self._scale(scales)).flatten(-2)
 
     def scale_and_reciprocal(self, scales: Scales) -> tuple[Tensor, Tensor]:
-        """Real value of one unit of the element grid and its inverse, float32 in the shape of scales.group.
+        """Real value of each group's scale and its reciprocal, float32 in the shape of scales.group.
 
-        With `round_to_grid` and `encode_scaled` for rounding column by column, where `encode` would work out the same scales anew:
-        for x in the units of its group, x is rounded to round_to_grid(x * inverse) * step.
+        With `round_to_grid` and `encode_scaled` they allow rounding column by column, where `encode` would compute the
+        same scales again: x is rounded to round_to_grid(x * reciprocal) * scale.
         """
         return self._scale(scales).squeeze(-1), self._reciprocal(scales)
 
-    def fake_quantize(
-        self,
-        x: Tensor,
-        *,
-        clip: float | Tensor = 1.0,
-        exponent_offset: int | Tensor = 0,
-        rounding: str = "ceil",
-        tensor: Tensor | None = None,
-        amax: Tensor | None = None,
-    ) -> Tensor:
-        """x [..., K] rounded to the format, in x's dtype: decode(encode(x)) without forming codes.
+    def fake_quantize(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Tensor:
+        """x rounded to the format: decode(encode(x)) without the codes.
 
-        Arguments and errors as in `scales`.
+        Args:
+            x: [..., K] of any float dtype.
+            **options: as in `ScaleOptions`.
+
+        Returns:
+            The rounded values, in the shape and dtype of x.
+
+        Raises:
+            UserError: As `scales`.
         """
-        x32 = x.float()  # once, for the scales and the values
-        scales = self.scales(
-            x32, clip=clip, exponent_offset=exponent_offset, rounding=rounding, tensor=tensor, amax=amax
-        )
+        x32 = x.float()  # converted once, for the scales and for the values
+        scales = self.scales(x32, **options)
         rounded = self.round_to_grid(self._divide(self._grouped(x32), scales))
         return rounded.mul_(self._scale(scales)).flatten(-2).to(x.dtype)
 
     @abstractmethod
     def round_to_grid(self, y: Tensor) -> Tensor:
-        """y (float32, in units of the step) on the element grid: to nearest, ties to the even code, saturating; may overwrite y."""
+        """Rounds y (float32, divided by its scale) in place to the element grid and returns it.
+
+        To nearest, ties to the even code, saturating.
+        """
 
     @abstractmethod
     def encode_scaled(self, y: Tensor) -> Tensor:
-        """uint8 codes of y, rounded as by `round_to_grid`; may overwrite y."""
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """x [..., K] as [..., K/g, g]."""
-        check_groups(x.shape[-1], self, "tensor")
-        return x.unflatten(-1, (-1, self.group))
+        """uint8 codes of y (float32, divided by its scale), rounded as by `round_to_grid`; may overwrite y."""
 
     def amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each group, float32 [..., K/g]."""
         magnitudes = self._grouped(x.float()).abs()
-        if self.group < 32:  # torch's CPU reduction is slow over so few neighbours: halve them element by element first
+        if (
+            self.group < 32
+        ):  # torch's CPU reduction is slow over so few values: halve the group element by element first
             magnitudes = torch.maximum(magnitudes[..., : self.group // 2], magnitudes[..., self.group // 2 :])
         return magnitudes.amax(-1)
 
+    def _check_options(self, tensor: Tensor | None, exponent_offset: int | Tensor) -> None:
+        """Raises UserError for an option that this format does not have."""
+        if tensor is not None and not self.has_tensor_scale:
+            raise UserError(f"per-tensor scale: {self.name} has none; allowed: None")
+        if not self.has_exponent_scale and (isinstance(exponent_offset, Tensor) or exponent_offset != 0):
+            raise UserError(f"exponent offset {exponent_offset}: {self.name} has no exponent scale; allowed: 0")
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x [..., K] as [..., K/g, g]."""
+        check_groups(x.shape[-1], self, "tensor")
+        return torch.unflatten(x, -1, (-1, self.group))
+
+    @abstractmethod
+    def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
+        """Scales from the clipped magnitudes of the groups [..., K/g]; the other arguments are checked already."""
+
     @abstractmethod
     def _scale(self, scales: Scales) -> Tensor:
-        """Real value of one unit of the element grid, float32 [..., K/g, 1]."""
+        """Real value of each group's scale, float32 [..., K/g, 1]."""
 
     @abstractmethod
     def _reciprocal(self, scales: Scales) -> Tensor:
-        """One over the step, float32 [..., K/g]."""
+        """Reciprocal of each group's scale, float32 [..., K/g]."""
 
     def _divide(self, groups: Tensor, scales: Scales) -> Tensor:
-        """groups (float32 [..., K/g, g]) in units of their step, a new tensor."""
+        """groups (float32 [..., K/g, g]) divided by their scales, a new tensor."""
         return groups * self._reciprocal(scales).unsqueeze(-1)
 
     @abstractmethod
@@ -142,18 +174,18 @@ class Format(ABC):
 
 
 def check_groups(K: int, fmt: Format, what: str) -> None:
-    """Raises UserError naming `what` unless fmt's group divides its K channels."""
+    """Raises UserError, with the name `what`, unless fmt's group size divides K channels."""
     if K % fmt.group:
         raise UserError(
-            f"{what}: {K} channels cannot be cut into {fmt.name} groups; allowed: a multiple of {fmt.group}"
+            f"{what}: {K} channels cannot be divided into {fmt.name} groups; allowed: a multiple of {fmt.group}"
         )
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raises UserError naming `what` if x holds a NaN or an infinity."""
-    if torch.isfinite(
-        x.sum()
-    ):  # a sum is many times quicker, and finite only if every value is; large values may overflow it
+    """Raises UserError, with the name `what`, if x holds a NaN or an infinity."""
+    # The sum is many times faster than isfinite of every value, and is finite only if all values are. Large finite
+    # values may overflow it, so only a non-finite sum needs the full test.
+    if torch.isfinite(x.sum()):
         return
     finite = torch.isfinite(x)
     if not finite.all():
@@ -163,15 +195,3 @@ def check_finite(x: Tensor, what: str) -> None:
             f"{what}: {bad} of {x.numel()} values are NaN or infinite, the first at index {first}; "
             "allowed: finite numbers"
         )
-
-
-def check_no_offset(fmt: Format, exponent_offset: int | Tensor) -> None:
-    """Raises UserError if a caller hands an exponent offset to fmt, a format whose scale is no power of two."""
-    if isinstance(exponent_offset, Tensor) or exponent_offset != 0:
-        raise UserError(f"exponent offset {exponent_offset}: {fmt.name} has no exponent scale; allowed: 0")
-
-
-def check_no_tensor_scale(fmt: Format, tensor: Tensor | None) -> None:
-    """Raises UserError if a caller hands a per-tensor scale to fmt, a format without one."""
-    if tensor is not None:
-        raise UserError(f"per-tensor scale: {fmt.name} has none; allowed: None")

@@ -12,24 +12,24 @@ from stepquant.formats.base import Format
 
 E2M1_MAX = 6.0
 
-# A float16 (exponent bias 15, 10 mantissa bits) whose lowest exponent bits and highest mantissa bit are E2M1's has
-# the same value times 2^-14, subnormals included: codes and floats convert by shifting, without a table.
+# A float16 (exponent bias 15, 10 mantissa bits) whose lowest exponent bits and highest mantissa bit are those of the
+# E2M1 code has the same value times 2^-14, subnormals included: codes and floats convert by shifts, without a table.
 _BIAS_GAP = 15 - 1
 _MANTISSA_GAP = 10 - 1
 
-_FLOAT32_EXPONENT = 0x7F800000  # the exponent field; alone, the bits of a power of two
+_FLOAT32_EXPONENT = 0x7F800000  # the exponent field; alone, it is the bits of a power of two
 _ONE = 0x3F800000  # bits of 1.0
-_TIMES_3_POW2_21 = 0x0B400000  # added to the bits of a power of two p, gives 1.5 * 2^22 * p
+_ROUNDING_SHIFT = 1.5 * 2.0**22
 
 
 def round_e2m1(y: Tensor) -> Tensor:
-    """y (float32) rounded to the nearest E2M1 value, ties to the even code, saturating at 6; overwrites y."""
+    """Rounds y (float32) in place to the nearest E2M1 value, ties to the even code, saturating at 6; returns y."""
     y.clamp_(-E2M1_MAX, E2M1_MAX)
-    # Values in [p, 2p) are p/2 apart, and so are those below 1. A float32 near 1.5 * 2^22 * p has an ulp of exactly
-    # p/2: adding it makes the hardware round y there, ties to even, and subtracting it is exact.
-    p = (y.view(torch.int32) & _FLOAT32_EXPONENT).clamp_(min=_ONE)
-    shift = p.add_(_TIMES_3_POW2_21).view(torch.float32)
-    return y.add_(shift).sub_(shift)
+    # The values in [p, 2p) are p/2 apart, and so are those below 1. A float32 near 1.5 * 2^22 * p has an ulp of exactly
+    # p/2: adding that number makes the hardware round y there, ties to even, and subtracting it is exact. The product
+    # with a power of two is exact, so it does not matter whether the addition is a fused multiply-add.
+    p = (y.view(torch.int32) & _FLOAT32_EXPONENT).clamp_(min=_ONE).view(torch.float32)
+    return y.add_(p, alpha=_ROUNDING_SHIFT).sub_(p, alpha=_ROUNDING_SHIFT)
 
 
 def to_e2m1_codes(y: Tensor) -> Tensor:
@@ -47,12 +47,14 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
 
 
 class E2M1Format(Format):
-    """A format with E2M1 elements; its kinds of scale are left to the subclass."""
+    """A format with E2M1 elements; the subclass defines the scales."""
 
     def round_to_grid(self, y: Tensor) -> Tensor:
+        """As `round_e2m1`."""
         return round_e2m1(y)
 
     def encode_scaled(self, y: Tensor) -> Tensor:
+        """As `to_e2m1_codes`."""
         return to_e2m1_codes(y)
 
     def _from_codes(self, codes: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ Storage contract of x [..., K]:
 The exponent of a group with largest magnitude amax (clip included):
     "floor"  floor(log2(amax)) - 2       the specification's rule; magnitudes in (6, 8) * scale saturate at 6
     "ceil"   ceil(log2(amax / 6))        nothing saturates
-then + exponent_offset, kept within 0..253. A group of zeros gets e = 0, before the offset.
+then + exponent_offset, limited to 0..253. A group of zeros has e = 0 before the offset.
 """
 
 import torch
 from torch import Tensor
 
 from stepquant.errors import UserError
-from stepquant.formats.base import Scales, check_no_tensor_scale
+from stepquant.formats.base import Scales
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _BIAS = 127
@@ -23,14 +23,19 @@ _LARGEST = 253
 
 
 class Mxfp4(E2M1Format):
+    """E2M1 elements with an E8M0 scale per group; the header of this file states the layout."""
+
     name = "mxfp4"
     group = 32
     bits = 4 + 8 / 32
     scale_dtype = torch.uint8  # E8M0
+    has_exponent_scale = True
 
-    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
-        check_no_tensor_scale(self, tensor)
-        amax = (self.amax(x) if amax is None else amax) * clip
+    def tensor_scale(self, x: Tensor) -> None:
+        """None: mxfp4 has no per-tensor scale."""
+        return None
+
+    def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
         if rounding == "floor":
             exponent = _floor_log2(amax) - 2
         elif rounding == "ceil":
@@ -40,11 +45,8 @@ class Mxfp4(E2M1Format):
         biased = torch.where(amax > 0, exponent + _BIAS, 0) + exponent_offset
         return Scales(biased.clamp(0, _LARGEST).to(torch.uint8), None)
 
-    def tensor_scale(self, x: Tensor) -> None:
-        return None
-
     def _scale(self, scales: Scales) -> Tensor:
-        # e is float32's own exponent field, except that e = 0 is 2^-127: subnormal, bit 22. (torch.compile lacks E8M0.)
+        # e is float32's exponent field, except that e = 0 is 2^-127: subnormal, bit 22. (torch.compile lacks E8M0.)
         bits = (scales.group.int() << 23).clamp(min=1 << 22)
         return bits.view(torch.float32).unsqueeze(-1)
 

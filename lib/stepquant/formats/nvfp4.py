@@ -6,14 +6,15 @@ Storage contract of x [..., K]:
     tensor  float32 []                   1 for dynamic activations
     x = value(code) * (tensor * scale)
 
-The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and kept among its normal numbers; x is multiplied with
+The group scale is absmax * clip / 6 / tensor, rounded to E4M3 and limited to its normal numbers; x is multiplied by
 (1 / tensor) / scale before rounding, in this order. Both are what torchao's NVFP4Tensor does.
 """
 
 import torch
 from torch import Tensor
 
-from stepquant.formats.base import Scales, check_no_offset
+from stepquant.errors import UserError
+from stepquant.formats.base import Scales
 from stepquant.formats.e2m1 import E2M1_MAX, E2M1Format
 
 _E4M3 = torch.finfo(torch.float8_e4m3fn)
@@ -22,27 +23,29 @@ _SMALLEST_TENSOR_SCALE = 2.0**-121
 
 
 class Nvfp4(E2M1Format):
+    """E2M1 elements with an E4M3 scale per group and a tensor scale; the header of this file states the layout."""
+
     name = "nvfp4"
     group = 16
     bits = 4 + 8 / 16
     scale_dtype = torch.float8_e4m3fn
     has_tensor_scale = True
 
-    def scales(self, x, *, clip=1.0, exponent_offset=0, rounding="ceil", tensor=None, amax=None) -> Scales:
-        check_no_offset(self, exponent_offset)
-        if tensor is None:
-            tensor = torch.ones((), dtype=torch.float32, device=x.device)
-        scale = (self.amax(x) if amax is None else amax) * clip / E2M1_MAX / tensor
-        return Scales(scale.clamp(_E4M3.tiny, _E4M3.max).to(torch.float8_e4m3fn), tensor)
-
     def tensor_scale(self, x: Tensor) -> Tensor:
+        """As `nvfp4_tensor_scale`."""
         return nvfp4_tensor_scale(x)
 
+    def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
+        if tensor is None:
+            tensor = torch.ones((), dtype=torch.float32, device=amax.device)
+        scale = amax / E2M1_MAX / tensor
+        return Scales(scale.clamp(_E4M3.tiny, _E4M3.max).to(torch.float8_e4m3fn), tensor)
+
     def _scale(self, scales: Scales) -> Tensor:
-        return (scales.tensor * scales.group.float()).unsqueeze(-1)
+        return (_tensor_scale_of(scales) * scales.group.float()).unsqueeze(-1)
 
     def _reciprocal(self, scales: Scales) -> Tensor:
-        return scales.tensor.reciprocal() / scales.group.float()
+        return _tensor_scale_of(scales).reciprocal() / scales.group.float()
 
 
 def nvfp4_tensor_scale(x: Tensor) -> Tensor:
@@ -53,3 +56,9 @@ def nvfp4_tensor_scale(x: Tensor) -> Tensor:
     amax = x.abs().amax().float()
     scale = (amax / (E2M1_MAX * _E4M3.max)).clamp(min=_SMALLEST_TENSOR_SCALE).bfloat16().float()
     return torch.where(amax > 0, scale, 1.0)
+
+
+def _tensor_scale_of(scales: Scales) -> Tensor:
+    if scales.tensor is None:
+        raise UserError("nvfp4 scales: the per-tensor scale is missing; expected a float32 scalar")
+    return scales.tensor

@@ -13,7 +13,7 @@ from stepquant.errors import UserError
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [..., K/2] from codes uint8 [..., K] in 0..15. Raises UserError if K is odd."""
     if codes.shape[-1] % 2:
-        raise UserError(f"packing: {codes.shape[-1]} columns; allowed: an even number, two codes share a byte")
+        raise UserError(f"packing: {codes.shape[-1]} columns; allowed: an even number, since a byte holds two codes")
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 

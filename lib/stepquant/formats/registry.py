@@ -8,20 +8,26 @@ from stepquant.formats.int4 import Int4
 from stepquant.formats.mxfp4 import Mxfp4
 from stepquant.formats.nvfp4 import Nvfp4
 
-_FORMATS = {fmt.name: fmt for fmt in (Int4(), Mxfp4(), Nvfp4())}
+_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Int4(), Mxfp4(), Nvfp4())}
 
 
 def get_format(name: str) -> Format:
-    """The format called name. Raises UserError with the names there are."""
+    """The format with this name. Raises UserError with the names that exist."""
     if name not in _FORMATS:
         raise UserError(f"format {name!r} does not exist; allowed: {', '.join(_FORMATS)}")
     return _FORMATS[name]
 
 
 def weight_scales(fmt: Format, W: Tensor, *, rounding: str) -> Scales:
-    """Scales of a weight W [N, K] from its largest magnitudes, with the per-tensor scale if fmt has one.
+    """Scales of a weight from its largest magnitudes, with the per-tensor scale if the format has one.
 
-    rounding: as in `Format.scales`. Raises UserError if W holds NaN or infinity, or fmt's group does not divide K.
+    Args:
+        fmt: The format to store the weight in.
+        W: Weight [N, K] of any float dtype.
+        rounding: How an E8M0 scale is rounded, "floor" or "ceil" (mxfp4; the other formats ignore it).
+
+    Raises:
+        UserError: W holds NaN or infinity, or the group size does not divide K.
     """
     check_finite(W, "weight")
     return fmt.scales(W, rounding=rounding, tensor=fmt.tensor_scale(W))

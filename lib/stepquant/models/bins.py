@@ -1,7 +1,7 @@
 """Timestep bins: intervals of t inside one expert's range.
 
-Bins are defined by t, never by step index, so that another step count or shift puts the same noise level into the
-same bin. Index 0 is the noisiest bin, the one a sampler visits first.
+Bins are defined by t and not by step index, so a noise level belongs to the same bin for every step count and shift.
+Index 0 is the noisiest bin, which a sampler reaches first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,22 @@ from stepquant.errors import UserError
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins of one expert, by edges that fall from the noisiest t: bin i holds edges[i] >= t > edges[i + 1].
+    """Bins of one expert.
 
-    The lowest edge is inclusive as well, so every t of the expert's range [edges[-1], edges[0]] has a bin.
+    Attributes:
+        edges: strictly falling timesteps. Bin i contains t with edges[i] >= t > edges[i + 1]; the last bin also
+            contains the lowest edge, so every t in [edges[-1], edges[0]] has a bin.
     """
 
     edges: tuple[float, ...]
 
     @property
     def count(self) -> int:
+        """Number of bins."""
         return len(self.edges) - 1
 
     def index(self, t: float) -> int:
-        """Bin of timestep t (in 0..num_train_timesteps). Raises UserError if t is outside the expert's range."""
+        """Index of the bin of timestep t. Raises UserError if t is outside the range of the bins, or NaN."""
         if not self.edges[-1] <= t <= self.edges[0]:
             raise UserError(f"timestep {t} is outside the bins' range [{self.edges[-1]}, {self.edges[0]}]")
         inner = self.edges[1:-1]
@@ -32,9 +35,19 @@ class Bins:
 
 
 def make_bins(spec: int | Sequence[float], low: float, high: float, key: str) -> Bins:
-    """Bins over [low, high] from a count (equal widths in t) or explicit edges (in either order).
+    """Make the bins of an expert.
 
-    key is the params key an error names. Raises UserError if explicit edges overlap, leave a gap at an end or repeat.
+    Args:
+        spec: a number of bins of equal width in t, or explicit edges in rising or falling order.
+        low: lowest timestep of the expert.
+        high: highest timestep of the expert.
+        key: the params key that an error message names.
+
+    Returns:
+        Bins that cover [low, high].
+
+    Raises:
+        UserError: the count is below 1, or the edges are not strictly ordered or do not cover the range.
     """
     if isinstance(spec, int):
         if spec < 1:
@@ -56,7 +69,16 @@ def make_bins(spec: int | Sequence[float], low: float, high: float, key: str) ->
 
 
 def expert_bins(specs: Mapping[str, int | Sequence[float]], expert: str, t_range: tuple[float, float]) -> Bins:
-    """One expert's bins over its range of t, from the params section `bins`. Raises UserError as `make_bins`, or if it has none."""
+    """Make the bins of an expert from the params section `bins`.
+
+    Args:
+        specs: counts or edges by expert.
+        expert: name of the expert.
+        t_range: (lowest, highest) timestep of the expert.
+
+    Raises:
+        UserError: the section lacks the expert, or its bins are invalid (see `make_bins`).
+    """
     if expert not in specs:
         raise UserError(f"params: missing key 'bins.{expert}'")
     return make_bins(specs[expert], *t_range, f"bins.{expert}")

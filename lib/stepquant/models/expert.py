@@ -1,4 +1,4 @@
-"""One expert's weights, as every stage that reads them opens them."""
+"""Opens the weights of one expert."""
 
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.manifest import ModelManifest
@@ -8,9 +8,15 @@ from stepquant.torch_setup import torch_dtype
 
 
 def open_expert(manifest: ModelManifest, expert: str, compute: Compute) -> Denoiser:
-    """The expert's weights folder, opened lazily, for arithmetic on the device and in the dtype of the params.
+    """Open an expert of the source model. Weights are read when they are used.
 
-    Raises UserError if the model has no such expert, or if its weights are missing or broken.
+    Args:
+        manifest: of the source model.
+        expert: name of the expert in the manifest.
+        compute: device and dtype of the arithmetic.
+
+    Raises:
+        UserError: if the model has no such expert, or if its weights are missing or broken.
     """
     folder = resolve_source(manifest.source, manifest.revision) / manifest.expert(expert).subfolder
     return Denoiser(folder, compute.device, torch_dtype(compute.dtype))

@@ -1,4 +1,4 @@
-"""The model manifest: what a source pipeline consists of, as `artifacts/model/manifest.json` records it."""
+"""The model manifest: the parts of a source pipeline, as stored in `artifacts/model/manifest.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ class _Part(BaseModel):
 class SiteManifest(_Part):
     """One site of a block.
 
-    linears: weight shape (N, K) by module path inside the block, in any order
-    (`Site.linears` has the order in which rows are stacked).
+    Attributes:
+        depends_on_timestep: False for a site whose input is the same at every step.
+        linears: weight shape (N, K) by module path inside the block, in any order; `Site.linears` defines the order in
+            which rows are stacked.
     """
 
     depends_on_timestep: bool
@@ -26,17 +28,17 @@ class SiteManifest(_Part):
 
     @property
     def rows(self) -> int:
-        """N of the stacked weight."""
+        """Number of rows N of the stacked weight."""
         return sum(rows for rows, _ in self.linears.values())
 
     @property
     def columns(self) -> int:
-        """K, the channels of the site's input."""
+        """Number of channels K of the site's input."""
         return next(iter(self.linears.values()))[1]
 
 
 class DenoiserInputs(_Part):
-    """What decides the size of a denoiser's inputs: keys of its config.json."""
+    """Keys of a denoiser's config.json that determine the size of its inputs."""
 
     in_channels: int
     out_channels: int
@@ -45,7 +47,16 @@ class DenoiserInputs(_Part):
 
 
 class ExpertManifest(_Part):
-    """One denoiser. subfolder: of the pipeline. t_range: (lowest, highest) t. bf16_bytes: all its weights in BF16."""
+    """One denoiser.
+
+    Attributes:
+        subfolder: its folder in the pipeline.
+        t_range: (lowest, highest) timestep.
+        blocks: number of transformer blocks.
+        sites: sites of a block by name.
+        inputs: sizes of its inputs.
+        bf16_bytes: size of all its weights in BF16.
+    """
 
     subfolder: str
     t_range: tuple[float, float]
@@ -56,14 +67,24 @@ class ExpertManifest(_Part):
 
 
 class Compression(_Part):
-    """By what the VAE shrinks a video: pixels per latent, and frames per latent frame after the first."""
+    """Downsampling factors of the VAE: pixels per latent, and frames per latent frame after the first."""
 
     scale_factor_spatial: int
     scale_factor_temporal: int
 
 
 class ModelManifest(_Part):
-    """A source pipeline. files: SHA-256 of every file of its components by path; empty where nothing was hashed."""
+    """A source pipeline.
+
+    Attributes:
+        source: local folder or hub id.
+        revision: hub revision; None for a local folder.
+        pipeline: name of the diffusers class.
+        num_train_timesteps: largest timestep.
+        compression: downsampling of the VAE.
+        experts: denoisers by name.
+        files: SHA-256 (hex) of every file of the components by path; empty where nothing was hashed.
+    """
 
     source: str
     revision: str | None
@@ -74,19 +95,19 @@ class ModelManifest(_Part):
     files: dict[str, str] = {}
 
     def expert(self, name: str) -> ExpertManifest:
-        """Raises UserError unless the model has this expert."""
+        """The expert of this name. Raises UserError if the model has none."""
         if name not in self.experts:
             raise UserError(f"--expert {name}: this model has {', '.join(self.experts)}")
         return self.experts[name]
 
     def expert_digest(self, name: str) -> str:
-        """Digest of one expert's files."""
+        """SHA-256 (hex) over the digests of one expert's files. Raises UserError if the model has no such expert."""
         prefix = self.expert(name).subfolder + "/"
         return content_key(files={path: digest for path, digest in self.files.items() if path.startswith(prefix)})
 
 
 def read_manifest(path: Path) -> ModelManifest:
-    """The manifest that stage model wrote. Raises UserError if it is missing or is no such manifest."""
+    """Read the manifest that stage model wrote. Raises UserError if it is missing or invalid."""
     values: Any = read_json(path)
     try:
         return ModelManifest.model_validate(values)

@@ -1,8 +1,9 @@
 """Prompt manifests: JSONL, one prompt with its first frame and seed per line.
 
-    {"id": "calibration_01", "split": "calibration", "prompt": "...", "negative_prompt": "", "image": "images/01.png", "seed": 7}
+    {"id": "calibration_01", "split": "calibration", "prompt": "...", "negative_prompt": "", "image": "images/01.png",
+    "seed": 7}
 
-`image` is relative to the manifest's folder and stays inside it; other keys (source, license, extra) are not read here.
+`image` is relative to the manifest's folder and must not leave it. Other keys (source, license, extra) are ignored.
 """
 
 import hashlib
@@ -24,7 +25,16 @@ _TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "image
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a manifest; image is the path of an existing, readable picture."""
+    """One row of a manifest.
+
+    Attributes:
+        id: letters, digits and underscores; unique in the manifest.
+        split: what the prompt is used for: calibration, validation, heldout or evaluation.
+        prompt: text.
+        negative_prompt: text, can be empty.
+        image: path of the first frame, which exists and can be decoded.
+        seed: of the initial noise, 0 to 2^63 - 1.
+    """
 
     id: str
     split: str
@@ -34,19 +44,30 @@ class Prompt:
     seed: int
 
     def load_image(self) -> Image.Image:
+        """The first frame as an RGB image."""
         with Image.open(self.image) as image:
             return image.convert("RGB")
 
     def digest(self) -> str:
-        """Digest of all that decides what is sampled: texts, seed and the picture's bytes."""
+        """SHA-256 (hex) of everything that determines the sample: texts, seed and the image file's bytes."""
         row = [self.id, self.split, self.prompt, self.negative_prompt, self.seed]
         return hashlib.sha256(json.dumps(row).encode() + self.image.read_bytes()).hexdigest()
 
 
 def read_manifest(path: Path) -> list[Prompt]:
-    """All prompts in file order. Raises UserError naming file and line for anything that is not as above."""
+    """Read all prompts of a manifest.
+
+    Args:
+        path: the JSONL file.
+
+    Returns:
+        The prompts in file order, at least one.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is invalid; names file and line.
+    """
     try:
-        # Not splitlines, which also splits at separators that may stand inside JSON text.
+        # Not splitlines, which also splits at separators that JSON strings can contain.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
@@ -61,7 +82,20 @@ def read_manifest(path: Path) -> list[Prompt]:
 
 
 def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> list[Prompt]:
-    """The first `count` prompts of a split (None: all). Raises UserError if the manifest has fewer."""
+    """Select prompts of a split.
+
+    Args:
+        prompts: all prompts of a manifest.
+        split: name of the split.
+        count: number of prompts; None takes all.
+        where: what an error message names.
+
+    Returns:
+        The first `count` prompts of the split.
+
+    Raises:
+        UserError: the manifest has fewer, or none.
+    """
     chosen = [p for p in prompts if p.split == split]
     if not chosen or (count is not None and count > len(chosen)):
         raise UserError(f"{where}: has {len(chosen)} prompts with split '{split}'; at least {count or 1} are asked for")
@@ -69,7 +103,7 @@ def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> li
 
 
 def recorded_prompts(settings: Trajectories) -> list[Prompt]:
-    """The prompts whose trajectories are recorded, split by split."""
+    """The calibration, validation and held-out prompts to record. Raises UserError if there are too few."""
     rows = read_manifest(Path(settings.manifest))
     counts = {
         "calibration": settings.calibration_prompts,
@@ -80,7 +114,7 @@ def recorded_prompts(settings: Trajectories) -> list[Prompt]:
 
 
 def evaluation_prompts(settings: Generate) -> list[Prompt]:
-    """The prompts that every variant is sampled and scored on."""
+    """The prompts on which every variant is sampled and scored. Raises UserError if there are too few."""
     return take(read_manifest(Path(settings.manifest)), "evaluation", settings.prompts, settings.manifest)
 
 
@@ -105,7 +139,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}; expected one JSON object per line")
     for key, kind in _TYPES.items():
-        if type(row.get(key)) is not kind:  # isinstance would take true for a whole number
+        if type(row.get(key)) is not kind:  # isinstance would accept true as a whole number
             raise UserError(
                 f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}"
             )

@@ -1,5 +1,7 @@
-"""One way of calling the pipeline, shared by calibration and evaluation: same prompt, image, seed and settings give the
-same initial noise for every variant."""
+"""Samples a pipeline. Calibration and evaluation call it in the same way.
+
+Equal prompt, image, seed and settings give equal initial noise for every variant.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +16,13 @@ from stepquant.torch_setup import torch_dtype
 
 
 def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling) -> Any:
-    """The unquantized pipeline of the manifest, ready to sample."""
+    """The unquantized pipeline of a manifest, ready to sample. Raises UserError as `load_source_pipeline`."""
     folder = resolve_source(manifest.source, manifest.revision)
     return ready_to_sample(lambda: load_source_pipeline(folder, compute.device, torch_dtype(compute.dtype)), sampling)
 
 
 def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:
-    """What `load` gives, without the progress bars and advice of its libraries, with the timestep shift of the params."""
+    """The pipeline that `load` returns, with the params' timestep shift and without the messages of its libraries."""
     quiet_libraries()
     pipe = load()
     set_flow_shift(pipe, sampling.flow_shift)
@@ -28,7 +30,7 @@ def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence the loading bars and advice of diffusers and transformers: a stage prints its own lines."""
+    """Silence the progress bars and warnings of diffusers and transformers: a stage prints its own progress."""
     import diffusers
     import transformers
 
@@ -38,7 +40,7 @@ def quiet_libraries() -> None:
 
 
 def set_flow_shift(pipe: Any, flow_shift: float) -> None:
-    """Give the pipeline's scheduler this timestep shift, everything else of it unchanged."""
+    """Set the timestep shift of the pipeline's scheduler, and keep the rest of its config."""
     key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: flow_shift})
 
@@ -46,12 +48,22 @@ def set_flow_shift(pipe: Any, flow_shift: float) -> None:
 def sample(
     pipe: Any, sampling: Sampling, prompt: str, negative_prompt: str, image: Image.Image, seed: int, output_type: str
 ) -> torch.Tensor:
-    """Run the pipeline once. output_type as in diffusers: "pt" gives frames [F, 3, H, W] in 0..1, "np" [F, H, W, 3], "latent" latents.
+    """Run the pipeline once.
 
-    The noise is drawn on the CPU, so it does not depend on the device.
+    Args:
+        pipe: a Wan image-to-video pipeline, from `ready_to_sample`.
+        sampling: size, steps and guidance scales.
+        prompt: what the video should show.
+        negative_prompt: what it should not show.
+        image: the first frame, of any size.
+        seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
+        output_type: as in diffusers.
+
+    Returns:
+        "pt": frames [F, 3, H, W] in 0..1. "np": frames [F, H, W, 3] in 0..1. "latent": latents [C, F, H, W].
     """
     dual = {} if pipe.config.boundary_ratio is None else {"guidance_scale_2": sampling.guidance_scale_2}
-    return pipe(
+    result: torch.Tensor = pipe(
         image=image,
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -65,3 +77,4 @@ def sample(
         output_type=output_type,
         **dual,
     ).frames[0]
+    return result

@@ -1,7 +1,7 @@
-"""Sites of a denoiser block: one input tensor and the linears that share it.
+"""Sites of a denoiser block: an input tensor and the linears that read it.
 
-Statistics, smoothing and clip belong to a site, so q/k/v of self-attention are smoothed and factored as one group
-(engines fuse them into one GEMM with one smoothing vector and one low-rank down projection).
+Statistics, smoothing and clip belong to a site. So q, k and v of self-attention are smoothed and factored as one group,
+because engines fuse them into one GEMM with one smoothing factor and one low-rank down projection.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Site:
-    """One input tensor of a block.
+    """One input tensor of a block and the linears that read it.
 
-    name: what the project calls it, such as `attn1.qkv`.
-    linears: module paths inside the block that read this tensor, in the order in which their rows are stacked.
-    depends_on_timestep: False if the tensor is the same at every step (text tokens), so that it needs one clip only.
+    Attributes:
+        name: name of the site, such as `attn1.qkv`.
+        linears: module paths, inside the block, of the linears, in the order in which their rows are stacked.
+        depends_on_timestep: False if the tensor is the same at every sampling step (text tokens), so that one clip is
+            enough.
     """
 
     name: str
@@ -21,7 +23,7 @@ class Site:
     depends_on_timestep: bool = True
 
 
-# diffusers' WanTransformerBlock: to_k and to_v of attn2 read the text tokens, which no timestep touches.
+# The linears of diffusers' WanTransformerBlock. to_k and to_v of attn2 read the text tokens.
 WAN_SITES = (
     Site("attn1.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
     Site("attn1.out", ("attn1.to_out.0",)),

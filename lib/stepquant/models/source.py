@@ -1,4 +1,4 @@
-"""The source model: where it is, what it consists of, and the BF16 pipeline itself."""
+"""The source model: its folder, a description of its components, and the BF16 pipeline."""
 
 import json
 from math import prod
@@ -7,32 +7,38 @@ from typing import Any
 
 import torch
 
-from stepquant.errors import UserError
+from stepquant.errors import DamagedFile, InvalidInput, MissingFile
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.storage.digests import file_digests
 
-# Which expert of the pipeline lies in which subfolder: above the boundary `transformer` works, below it `transformer_2`.
+# Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 DENSE_EXPERT = {"denoiser": "transformer"}
-# Of an expert's config.json: what decides the size of its inputs.
+# The keys of an expert's config.json that determine the size of its inputs.
 INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
-# Pixels per latent, and frames per latent frame after the first, of the Wan VAE; its config.json may say otherwise.
+# The Wan VAE's pixels per latent, and frames per latent frame after the first; config.json of the VAE overrides them.
 COMPRESSION = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The local folder of a source model; a hub id (`owner/name`) is downloaded, which is the only network access.
+    """The local folder of a source model. A hub id is downloaded; this is the only network access of stepquant.
 
-    Raises UserError if neither a folder with a model_index.json nor a hub id is found.
+    Args:
+        source: a diffusers folder, or a hub id such as owner/name.
+        revision: of the hub model; None for its main branch.
+
+    Raises:
+        MissingFile: if there is neither a folder with a model_index.json nor such a model on the hub.
     """
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists() or source.count("/") != 1:
-        raise UserError(
-            f"model.source: {source} has no model_index.json; expected a diffusers folder, or a hub id such as owner/name"
+        raise MissingFile(
+            f"model.source: {source} has no model_index.json; "
+            "expected a diffusers folder, or a hub id such as owner/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -40,15 +46,15 @@ def resolve_source(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
+        raise MissingFile(
             f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}"
         ) from None
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
-    """The model manifest: `describe_experts`, and the SHA-256 of every file of the model's components.
+    """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
 
-    Loads no weights. Paths inside are relative to the source folder. Raises UserError as `describe_experts`.
+    Loads no weights. Arguments and errors are those of `describe_experts`.
     """
     described = describe_experts(folder, source, revision)
     files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
@@ -56,9 +62,20 @@ def describe_source(folder: Path, source: str, revision: str | None) -> ModelMan
 
 
 def describe_experts(folder: Path, source: str, revision: str | None) -> ModelManifest:
-    """Experts with t ranges, blocks, sites and shapes, from configs and the headers of weight files.
+    """The manifest of a source model without file digests, from its configs and the headers of its weight files.
 
-    Raises UserError if a component is missing, or if its weights are missing, truncated or pickled.
+    Args:
+        folder: the local folder of the model, from `resolve_source`.
+        source: `model.source` of the params, which is recorded.
+        revision: `model.revision` of the params, which is recorded.
+
+    Returns:
+        Experts with t ranges, blocks, sites and shapes. Paths are relative to the folder.
+
+    Raises:
+        MissingFile: if a component or its weights are missing.
+        DamagedFile: if a config or weight file is truncated or broken.
+        UnsupportedCheckpoint: if a component has pickled weights only.
     """
     index = _read_json(folder / "model_index.json", "_class_name")
     _check_components(folder)
@@ -81,34 +98,36 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
 
 
 def _compression(file: Path) -> Compression:
-    """By what the VAE shrinks a video; the Wan VAE's factors where a pipeline has none."""
+    """The compression factors of the VAE; those of the Wan VAE if the config has none."""
     config = _read_json(file) if file.is_file() else {}
     return Compression.model_validate({key: config.get(key, factor) for key, factor in COMPRESSION.items()})
 
 
 def _check_components(folder: Path) -> None:
-    """Refuse a pipeline with a component missing or broken before anything loads it: diffusers' own errors are cryptic."""
+    """Refuse a pipeline with a missing or broken component, because the errors of diffusers are cryptic."""
     for name, value in _read_json(folder / "model_index.json", "_class_name").items():
         if not isinstance(value, list) or not value[0]:
             continue
         if not (folder / name).is_dir():
-            raise UserError(f"{folder / name}: no such folder, but {folder / 'model_index.json'} names this component")
-        # Models have a config.json; schedulers, tokenizers and image processors have other names for theirs.
+            raise MissingFile(
+                f"{folder / name}: no such folder, but {folder / 'model_index.json'} names this component"
+            )
+        # Only models have a config.json. Schedulers, tokenizers and image processors have configs with other names.
         if (folder / name / "config.json").is_file():
             open_weights(folder / name)
 
 
 def _read_json(file: Path, *keys: str) -> dict[str, Any]:
-    """A JSON file of the source that must have some keys."""
+    """Read a JSON file of the source that must have the given keys."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; expected that of a diffusers pipeline") from None
+        raise MissingFile(f"{file}: no such file; expected that of a diffusers pipeline") from None
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
+        raise DamagedFile(f"{file}: not JSON ({error})") from None
     for key in keys:
         if not isinstance(content, dict) or key not in content:
-            raise UserError(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
+            raise InvalidInput(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
     return content
 
 
@@ -138,9 +157,15 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """The unquantized pipeline with its components in `dtype`, offloaded by component when the device is no CPU.
+    """Load the unquantized pipeline.
 
-    Raises UserError as describe_source does: the folder may have changed since it was described.
+    Args:
+        folder: the local folder of the model.
+        device: where it computes; components are offloaded as in `place_pipeline`.
+        dtype: of the components.
+
+    Raises:
+        UserError: as `describe_experts`, because the folder may have changed since it was described.
     """
     _check_components(folder)
     from diffusers import WanImageToVideoPipeline
@@ -150,7 +175,11 @@ def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
 
 
 def place_pipeline(pipe: Any, device: str) -> Any:
-    """Quiet the pipeline and put it on the device: two 14B experts, text encoder and VAE never fit a small GPU at once."""
+    """Hide the pipeline's progress bar and put it on the device. Returns the pipeline.
+
+    On a GPU, model offload keeps one component at a time on the device, because two 14B experts, a text encoder and a
+    VAE need more memory than most GPUs have.
+    """
     pipe.set_progress_bar_config(disable=True)
     if torch.device(device).type == "cpu":
         return pipe.to(device)

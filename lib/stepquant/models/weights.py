@@ -1,7 +1,7 @@
 """Lazy reading of a component's weights: one safetensors file, or shards with an index.
 
-Headers are read and checked when a folder is opened; a tensor's bytes are read (memory-mapped) when it is asked for,
-so that a 28 GB expert can be walked one block at a time. Pickled weights are refused: loading one runs its code.
+Opening a folder reads and checks the headers only. A tensor is memory-mapped when it is requested, so a 28 GB expert
+can be read one block at a time. Pickled weights are refused, because loading them runs code.
 """
 
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from stepquant.errors import UserError
+from stepquant.errors import DamagedFile, InvalidInput, MissingFile, UnsupportedCheckpoint
 
-# What diffusers and transformers call a component's weights; the first that exists is read.
+# File names of weights in diffusers and transformers, without suffix; the first that exists is read.
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# A header longer than this is a broken length field, not a header (the safetensors library has the same limit).
+# A longer header means a broken length field. The safetensors library has the same limit.
 MAX_HEADER_BYTES = 100_000_000
 
 # The dtype names of the safetensors format.
@@ -40,7 +40,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, known without reading its bytes."""
+    """File, shape and dtype of a tensor, from the header of the file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -48,6 +48,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor's values in bytes."""
         count = 1
         for size in self.shape:
             count *= size
@@ -55,7 +56,7 @@ class TensorInfo:
 
 
 class Weights:
-    """The tensors of one component by key. Made by open_weights; keys are sorted."""
+    """The tensors of one component by key, in sorted order. `open_weights` creates it."""
 
     def __init__(self, folder: Path, infos: dict[str, TensorInfo]):
         self.folder = folder
@@ -71,34 +72,44 @@ class Weights:
         return key in self._infos
 
     def info(self, key: str) -> TensorInfo:
-        """Shape, dtype and file of a tensor. Raises UserError if there is no such key."""
+        """File, shape and dtype of a tensor. Raises DamagedFile if there is no such key."""
         if key not in self._infos:
-            raise UserError(f"{self.folder}: no tensor named {key!r} among its {len(self)} tensors")
+            raise DamagedFile(f"{self.folder}: no tensor named {key!r} among its {len(self)} tensors")
         return self._infos[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises DamagedFile if there is no such key."""
         return self.info(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor as stored. Raises DamagedFile if there is no such key."""
         return self.info(key).dtype
 
     def get(self, key: str) -> torch.Tensor:
-        """The tensor on the CPU, exactly as stored. Raises UserError if there is no such key.
+        """The tensor on the CPU, exactly as stored. Raises DamagedFile if there is no such key.
 
-        The file is mapped anew each time: the pages of a mapping that lives on stay resident, block after block.
+        The file is mapped again for each tensor. The pages of a mapping that is kept open stay in memory, which would
+        then grow with the number of blocks.
         """
         with safe_open(self.info(key).file, framework="pt", device="cpu") as file:
-            return file.get_tensor(key)
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens the weights of a component folder, such as `transformer`.
+    """Open the weights of a component. Reads headers only.
 
-    Raises UserError if the weights are missing, truncated or pickled, or if the index and the shards disagree.
+    Args:
+        folder: of the component, such as `transformer`.
+
+    Raises:
+        MissingFile: if the folder has no weights, or a shard is missing.
+        DamagedFile: if a file is truncated or broken, or if the index and the shards disagree.
+        UnsupportedCheckpoint: if all weights are pickled.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a folder with safetensors weights")
+        raise MissingFile(f"{folder}: no such folder; expected a folder with safetensors weights")
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -108,62 +119,70 @@ def open_weights(folder: Path) -> Weights:
             return Weights(folder, read_header(single))
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise UserError(
+        raise UnsupportedCheckpoint(
             f"{folder}: found only pickled weights ({pickles[0]}), which can run code; convert them to safetensors"
         )
     names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
-    raise UserError(f"{folder}: no weights; expected {names}")
+    raise MissingFile(f"{folder}: no weights; expected {names}")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The header of a safetensors file. Raises UserError if the file is truncated or no safetensors file."""
+    """Read the header of a safetensors file.
+
+    Returns:
+        File, shape and dtype of each tensor by key.
+
+    Raises:
+        DamagedFile: if the file is truncated, or is no safetensors file.
+        InvalidInput: if a tensor has an unknown dtype.
+    """
     size = file.stat().st_size
     with file.open("rb") as f:
         prefix = f.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 0 < length <= MAX_HEADER_BYTES:
-            raise UserError(f"{file}: not a safetensors file, or a truncated one ({size} bytes)")
+            raise DamagedFile(f"{file}: not a safetensors file, or a truncated one ({size} bytes)")
         raw = f.read(length)
     if len(raw) < length:
-        raise UserError(
+        raise DamagedFile(
             f"{file}: truncated: {size} bytes, its header alone needs {8 + length}; copy or download it again"
         )
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        infos = {key: _tensor_info(file, key, entry) for key, entry in header.items()}
+        described = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
         needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
-        raise UserError(f"{file}: not a safetensors file: its header cannot be read ({e})") from e
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DamagedFile(f"{file}: not a safetensors file: its header cannot be read ({error})") from error
     if size != needed:
-        raise UserError(
+        raise DamagedFile(
             f"{file}: truncated or damaged: {size} bytes, its header says {needed}; copy or download it again"
         )
-    return infos
+    return {key: _tensor_info(file, key, dtype, shape) for key, (dtype, shape) in described.items()}
 
 
-def _tensor_info(file: Path, key: str, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{file}: tensor {key!r} has dtype {entry['dtype']}; allowed: {', '.join(DTYPES)}")
-    return TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+def _tensor_info(file: Path, key: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    if dtype not in DTYPES:
+        raise InvalidInput(f"{file}: tensor {key!r} has dtype {dtype}; allowed: {', '.join(DTYPES)}")
+    return TensorInfo(file, shape, DTYPES[dtype])
 
 
 def _read_sharded(index: Path) -> dict[str, TensorInfo]:
-    """All tensors of the shards an index names, after checking that index and shards hold the same keys."""
+    """The tensors of all shards of an index. Checks that index and shards have the same keys."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{index}: not a safetensors index: expected JSON with a weight_map ({e})") from e
-    infos = {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedFile(f"{index}: not a safetensors index: expected JSON with a weight_map ({error})") from error
+    infos: dict[str, TensorInfo] = {}
     for name in shards:
         file = index.parent / name
         if Path(name).name != name or not file.is_file():
-            raise UserError(f"{index}: names the shard {name!r}, which is no file in {index.parent}")
+            raise MissingFile(f"{index}: names the shard {name!r}, which is no file in {index.parent}")
         shard = read_header(file)
         if unlisted := sorted(key for key in shard if weight_map.get(key) != name):
-            raise UserError(f"{file}: holds tensor {unlisted[0]!r}, which {index.name} does not list there")
+            raise DamagedFile(f"{file}: holds tensor {unlisted[0]!r}, which {index.name} does not list there")
         infos.update(shard)
     if absent := sorted(set(weight_map) - set(infos)):
-        raise UserError(f"{index}: lists tensor {absent[0]!r} in {weight_map[absent[0]]}, which does not hold it")
+        raise DamagedFile(f"{index}: lists tensor {absent[0]!r} in {weight_map[absent[0]]}, which does not hold it")
     return infos

@@ -68,7 +68,7 @@ def activations(run: Workload, expert: ExpertRun) -> Size:
     block = 0
     for site in expert.sites:
         bins = len(expert.steps) if site.per_bin else 1
-        tensors = 4 * site.K * (site.K + 1 + 2 * bins) + rows_kept(run, expert, site) * site.K * run.itemsize
+        tensors = 4 * site.K * (site.K + 2 + 2 * bins) + rows_kept(run, expert, site) * site.K * run.itemsize
         block += tensors + 3 * ARRAY_METADATA + GROUP_METADATA
     return Size(expert.blocks * block, expert.blocks * len(expert.sites) * 7 + 2)
 

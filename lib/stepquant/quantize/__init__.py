@@ -1,1 +1,1 @@
-"""Smoothing, low-rank branch, GPTQ and clip search: pure functions of tensors, on any device."""
+"""Smoothing, low-rank branch, GPTQ and clipping search: pure functions of tensors, on any device."""

@@ -1,15 +1,15 @@
-"""The arithmetic of one quantized layer; every search and every reported layer error goes through it.
+"""The arithmetic of one quantized layer, used by every search and every reported layer error.
 
     y = fq(rotate((x - mean) / smooth); clip) @ dequant(codes).T + (x @ proj_down) @ proj_up.T + offset
 
 N rows (all linears of a site stacked), K input channels, rank r, T tokens:
 
-    codes      uint8    [N, K]    4-bit codes of what the branch left of the transformed weight, one code per byte
+    codes      uint8    [N, K]    4-bit codes of the transformed weight without the branch, one code per byte
     scales     Scales             of the weight format
     transform  InputTransform     mean, smooth and rotation (transform.py)
-    proj_down  bfloat16 [K, r]    is applied to the raw, unquantized x
+    proj_down  bfloat16 [K, r]    is applied to the raw (untransformed, unquantized) input
     proj_up    bfloat16 [N, r]
-    offset     float32  [N]       what the mean contributes; stored in the bias
+    offset     float32  [N]       the mean's contribution to the output; a checkpoint adds it to the bias
 
 The bias itself is left out: it cancels in every error. All sums are float32, whatever the dtype of x.
 """
@@ -20,16 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepquant.errors import UserError
 from stepquant.formats import Format, Scales
 from stepquant.quantize.transform import InputTransform
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """The formats a layer computes in.
+    """The formats that a layer computes in.
 
-    weight_rounding, activation_rounding: how an E8M0 scale is chosen, "floor" or "ceil" (mxfp4; ignored by the others).
-    activation: None keeps the activations unquantized (W4A16).
+    Attributes:
+        weight: Format of the weight.
+        weight_rounding: How an E8M0 scale of the weight is rounded, "floor" or "ceil" (mxfp4; other formats ignore it).
+        activation: Format of the activations; None leaves them unquantized (W4A16).
+        activation_rounding: As weight_rounding, for the activations.
     """
 
     weight: Format
@@ -37,10 +41,32 @@ class QuantScheme:
     activation: Format | None
     activation_rounding: str
 
+    @property
+    def activation_format(self) -> Format:
+        """The format of the activations, for work that needs one. Raises UserError if they stay unquantized."""
+        if self.activation is None:
+            raise UserError("activations stay unquantized (W4A16); expected a 4-bit activation format")
+        return self.activation
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a layer is quantized to while its transform is searched.
+
+    Attributes:
+        rank: Rank of the low-rank branch.
+        seed: Seed of the randomized SVD.
+        scheme: Formats of weight and activations.
+    """
+
+    rank: int
+    seed: int
+    scheme: QuantScheme
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """All that a quantized layer is made of; shapes and dtypes in the header of this file."""
+    """A quantized layer; shapes and dtypes in the header of this file."""
 
     codes: Tensor
     scales: Scales
@@ -51,27 +77,39 @@ class QuantizedLayer:
     scheme: QuantScheme
 
 
-def layer_output(x: Tensor, factors: QuantizedLayer, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
-    """Output of the quantized layer, float32 [T, N], for x [T, K] of any floating dtype.
+def layer_output(x: Tensor, layer: QuantizedLayer, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
+    """Output of the quantized layer, without its bias.
 
-    clip multiplies each activation group's absmax; exponent_offset is added to its E8M0 exponent (mxfp4, else 0).
+    Args:
+        x: Raw input [T, K] of any float dtype.
+        layer: The quantized layer.
+        clip: Multiplies the absmax of each activation group.
+        exponent_offset: Added to the E8M0 exponent of each activation group (mxfp4; 0 for the other formats).
+
+    Returns:
+        float32 [T, N].
     """
-    return quantized_path(x, factors, clip, exponent_offset) + low_rank_path(x, factors)
+    return quantized_path(x, layer, clip, exponent_offset) + low_rank_path(x, layer)
 
 
-def quantized_path(x: Tensor, factors: QuantizedLayer, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
-    """The 4-bit part of the output, float32 [T, N]."""
-    seen = fake_quantize_input(factors.transform.apply(x), factors.scheme, clip, exponent_offset)
-    return seen @ dequantized_weight(factors).T
+def quantized_path(x: Tensor, layer: QuantizedLayer, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
+    """The 4-bit part of the output, float32 [T, N]; arguments as in `layer_output`."""
+    rounded = fake_quantize_input(layer.transform.apply(x), layer.scheme, clip, exponent_offset)
+    return rounded @ dequantized_weight(layer).T
 
 
-def dequantized_weight(factors: QuantizedLayer) -> Tensor:
-    """What the codes stand for, float32 [N, K]; it belongs to the transformed input."""
-    return factors.scheme.weight.decode(factors.codes, factors.scales)
+def low_rank_path(x: Tensor, layer: QuantizedLayer) -> Tensor:
+    """The part of the output that is not rounded: low-rank branch and offset, float32 [T, N]."""
+    return (x.float() @ layer.proj_down.float()) @ layer.proj_up.float().T + layer.offset
+
+
+def dequantized_weight(layer: QuantizedLayer) -> Tensor:
+    """The values of the codes, float32 [N, K]; they multiply the transformed input."""
+    return layer.scheme.weight.decode(layer.codes, layer.scales)
 
 
 def fake_quantize_input(z: Tensor, scheme: QuantScheme, clip: float | Tensor, exponent_offset: int | Tensor) -> Tensor:
-    """The transformed input z [T, K] as the 4-bit GEMM sees it; as it is where activations stay unquantized."""
+    """The transformed input z [T, K] rounded to the activation format; z itself if activations stay unquantized."""
     if scheme.activation is None:
         return z
     return scheme.activation.fake_quantize(
@@ -80,7 +118,16 @@ def fake_quantize_input(z: Tensor, scheme: QuantScheme, clip: float | Tensor, ex
 
 
 def rounding_noise(samples: Sequence[Tensor], transform: InputTransform, scheme: QuantScheme) -> Tensor:
-    """Variance of what rounding adds to each channel of the transformed input, unclipped, float32 [K]; each sample [T, K] counts the same."""
+    """Variance that rounding adds to each channel of the transformed input, without clipping.
+
+    Args:
+        samples: Raw inputs [T, K], one tensor per timestep bin; each has the same weight in the mean.
+        transform: The input transform.
+        scheme: Says the activation format.
+
+    Returns:
+        float32 [K].
+    """
 
     def variance(x: Tensor) -> Tensor:
         z = transform.apply(x)
@@ -89,12 +136,7 @@ def rounding_noise(samples: Sequence[Tensor], transform: InputTransform, scheme:
     return torch.stack([variance(x) for x in samples]).mean(0)
 
 
-def low_rank_path(x: Tensor, factors: QuantizedLayer) -> Tensor:
-    """The part of the output that no rounding touches: low-rank branch and offset, float32 [T, N]."""
-    return (x.float() @ factors.proj_down.float()) @ factors.proj_up.float().T + factors.offset
-
-
 def relative_error(y: Tensor, reference: Tensor) -> Tensor:
-    """||y - reference|| / ||reference||, Frobenius norms, float32 scalar []; 0 where both are zero."""
+    """||y - reference|| / ||reference||, Frobenius norms, float32 scalar []; 0 where both are equal."""
     error, norm = torch.linalg.vector_norm(y.float() - reference.float()), torch.linalg.vector_norm(reference.float())
     return torch.where(error == 0, torch.zeros_like(error), error / norm)

@@ -1,12 +1,14 @@
-"""Block-Hadamard rotation of the smoothed input: spreads a token's outliers over the block before they are quantized.
+"""Block-Hadamard rotation of the smoothed input: spreads a token's outliers over adjacent channels before quantization.
 
-    x/s -> rotate(x/s, b),   residual -> rotate(residual, b):   their product is unchanged
+    x/s -> rotate(x/s, size),   residual -> rotate(residual, size):   their product is unchanged
 
-The Sylvester matrix of order b divided by sqrt(b) is symmetric and orthogonal, so a rotation is its own inverse.
+The Sylvester matrix of order `size`, divided by sqrt(size), is symmetric and orthogonal, so a rotation is its own
+inverse.
 
-What it is worth depends on format and site: on heavy-tailed layers a third less W4A4 error for int4, 14 % for mxfp4, nothing for
-nvfp4 (as MR-GPTQ, arXiv 2509.23202, explains); on the demo model 30 % at `ffn.down` in int4, and little or a loss elsewhere,
-so it is chosen per site (docs/recipe.md).
+Its benefit depends on format and site. Without it the W4A4 error of synthetic heavy-tailed layers is 51.4 % larger
+for int4, 21.6 % for mxfp4 and unchanged for nvfp4 (MR-GPTQ, arXiv 2509.23202, explains why). On the demo model the
+differences are 5.9, 2.3 and 0.4 %, and some sites are better without it, so the size is selected per site
+(docs/experiments/recipe-ablations.md).
 """
 
 import torch
@@ -15,26 +17,58 @@ from torch import Tensor
 from stepquant.errors import UserError
 
 
-def rotate(x: Tensor, block: int) -> Tensor:
-    """x [..., K] with each run of `block` channels rotated, in x's dtype; block 0 leaves x as it is.
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Rotates every `size` adjacent channels of x.
 
-    Raises UserError as `check_rotation`.
+    The matrix is built in each call; a caller that rotates often keeps `hadamard` and calls `rotate_by`.
+
+    Args:
+        x: [..., K] of any float dtype.
+        size: The Hadamard size; 0 returns x unchanged.
+
+    Returns:
+        The rotated x, in its shape and dtype.
+
+    Raises:
+        UserError: As `check_rotation`.
     """
-    if block == 0:
+    if size == 0:
         return x
-    check_rotation(block, x.shape[-1])
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)).flatten(-2)
+    check_rotation(size, x.shape[-1])
+    return rotate_by(x, hadamard(size, device=x.device, dtype=x.dtype))
 
 
-def check_rotation(block: int, K: int, what: str = "rotation") -> None:
-    """Raises UserError naming `what` unless block is 0 or a power of two that divides K."""
-    if block and (block < 0 or block.bit_count() != 1 or K % block):
-        raise UserError(f"{what}: block {block} for {K} channels; allowed: 0, or a power of two that divides {K}")
+def rotate_by(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rotates x [..., K] by a given matrix.
+
+    Args:
+        x: [..., K]; K must be a multiple of the matrix order.
+        matrix: [size, size] from `hadamard`, on the device and in the dtype of x.
+
+    Returns:
+        The same bytes as `rotate(x, size)`.
+    """
+    return (torch.unflatten(x, -1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
 
 
-def hadamard(order: int) -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix, float32 [order, order], for a power of two."""
-    H = torch.ones(1, 1)
+def check_rotation(size: int, K: int, what: str = "rotation") -> None:
+    """Raises UserError, with the name `what`, unless size is 0 or a power of two that divides K."""
+    if size and (size < 0 or size.bit_count() != 1 or K % size):
+        raise UserError(
+            f"{what}: Hadamard size {size} for {K} channels; allowed: 0, or a power of two that divides {K}"
+        )
+
+
+def hadamard(order: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Orthonormal Sylvester-Hadamard matrix [order, order].
+
+    Args:
+        order: A power of two.
+        device: Where the matrix is built; None is torch's default device.
+        dtype: The dtype of the result. The values are computed in float32 and rounded once.
+    """
+    H, two = torch.ones(1, 1, device=device), torch.ones(2, 2, device=device)
+    two[1, 1].fill_(-1)
     while H.shape[0] < order:
-        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
-    return H / order**0.5
+        H = torch.kron(two, H)
+    return (H / float(order**0.5)).to(dtype)

@@ -1,28 +1,36 @@
-"""What is done to a layer's input before it is rounded to 4 bits, and what that does to the weight.
+"""What is applied to a layer's input before it is rounded to 4 bits, and the matching change of the weight.
 
     x @ W.T = rotate((x - mean) / smooth) @ rotate((W - branch) * smooth).T + x @ branch.T + mean @ (W - branch).T
 
-Three steps, each exact without rounding, each there to make rounding cheaper:
+Each of the three parts is exact without rounding and makes rounding cheaper:
 
-    mean      AdaLN gives channels a mean that all tokens share; it costs range and carries nothing. What it contributes to
-              the output is a constant, which the layer's bias takes. One mean for all timestep bins is as good as one per
-              bin (docs/recipe.md has the numbers of all three).
+    mean      AdaLN gives channels a mean that all tokens have in common; it wastes dynamic range and carries no
+              information. Its contribution to the output is a constant, which is added to the layer's bias. One mean
+              for all timestep bins is as good as one per bin. Without mean subtraction the W4A4 error of the demo's
+              sites is 2.3 to 2.9 % larger (docs/experiments/recipe-ablations.md).
     smooth    SVDQuant's smoothing factor (smooth.py).
     rotation  a block-Hadamard rotation (rotate.py).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from stepquant.quantize.lowrank import residual
-from stepquant.quantize.rotate import rotate
+from stepquant.quantize.rotate import check_rotation, hadamard, rotate_by
 
 
 @dataclass(frozen=True)
 class InputTransform:
-    """smooth bfloat16 [K]; mean bfloat16 [K], zeros where nothing is taken off; rotation: block size, 0 is none."""
+    """The transform of a site's input.
+
+    Attributes:
+        smooth: Smoothing factor, bfloat16 [K].
+        mean: The mean that is subtracted, bfloat16 [K]; zeros without mean subtraction.
+        rotation: Hadamard size; 0 is no rotation.
+    """
 
     smooth: Tensor
     mean: Tensor
@@ -33,26 +41,36 @@ class InputTransform:
         """Smoothing alone."""
         return cls(smooth, torch.zeros_like(smooth), 0)
 
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """The rotation, float32 on the transform's device; built on first use."""
+        return hadamard(self.rotation, device=self.smooth.device)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Applies the rotation alone, which is its own inverse, to x float32 [..., K]. Raises UserError if it does not fit."""
+        check_rotation(self.rotation, x.shape[-1])
+        return rotate_by(x, self._matrix) if self.rotation else x
+
     def apply(self, x: Tensor) -> Tensor:
-        """What the 4-bit GEMM is given, before rounding: float32 [T, K] for x [T, K] of any floating dtype."""
-        return rotate((x.float() - self.mean.float()) / self.smooth.float(), self.rotation)
+        """The transformed input before rounding: float32 [T, K] for x [T, K] of any float dtype."""
+        return self.rotate((x.float() - self.mean.float()) / self.smooth.float())
 
     def hessian(self, H: Tensor) -> Tensor:
-        """Second moments [K, K] of `apply(x)`, from those of x - mean."""
+        """Hessian [K, K] of `apply(x)`, from the Hessian [K, K] of x - mean."""
         s = self.smooth.float()
         H = H.float() / s[:, None]
         H /= s
-        return rotate(rotate(H, self.rotation).T, self.rotation)
+        return self.rotate(self.rotate(H).T)
 
     def weight(self, W: Tensor) -> Tensor:
-        """What the transform makes of a weight [N, K], float32."""
-        return rotate(W.float() * self.smooth.float(), self.rotation)
+        """The weight [N, K] that belongs to the transformed input, float32."""
+        return self.rotate(W.float() * self.smooth.float())
 
     def residual(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
-        """What is left of W [N, K] for the 4-bit codes, float32 [N, K]; the branch as stored (lowrank.py)."""
-        return rotate(residual(W, self.smooth, proj_down, proj_up), self.rotation)
+        """The part of W [N, K] that the 4-bit codes represent, float32 [N, K]; the branch as stored (lowrank.py)."""
+        return self.rotate(residual(W, self.smooth, proj_down, proj_up))
 
     def offset(self, W: Tensor, proj_down: Tensor, proj_up: Tensor) -> Tensor:
-        """What the mean contributes to the output, float32 [N]: mean @ (W - branch).T."""
+        """The mean's contribution to the output, float32 [N]: mean @ (W - branch).T."""
         mean = self.mean.float()
         return mean @ W.float().T - (mean @ proj_down.float()) @ proj_up.float().T

@@ -1,1 +1,1 @@
-"""What is done to one site of a block: factor, round, clip. Functions of typed settings and tensors; no files, no stages."""
+"""The recipe for one site of a block: factor, round, clip. Functions of typed settings and tensors, without stages."""

@@ -1,4 +1,4 @@
-"""Put a variant's layer together from the cached factors of its site."""
+"""Assembles the layer of a variant from the cached factors of its site."""
 
 import torch
 from torch import Tensor
@@ -13,24 +13,42 @@ from stepquant.recipe.variants import Variant
 def variant_layer(
     W: Tensor, factors: TransformFactors | None, residual: ResidualFactors | None, scheme: QuantScheme
 ) -> QuantizedLayer:
-    """A site's weights [N, K] from the factors that a variant takes: GPTQ's codes if `residual` is given, else rounded to nearest under
-    the transform and branch of `factors`, or as the weight is where that is None too."""
+    """The quantized layer of a site.
+
+    Args:
+        W: Stacked weight of the site, [N, K].
+        factors: Transform and first branch; None leaves the input and the weight as they are.
+        residual: GPTQ's codes and the branch refitted to them, which need `factors`; None rounds to nearest.
+        scheme: Formats of weight and activations.
+
+    Raises:
+        ValueError: `residual` without `factors`.
+        UserError: As `round_to_nearest`.
+    """
     if residual is not None:
-        assert factors is not None, "a residual is that of a transform"
+        if factors is None:
+            raise ValueError("a residual is that of a transform: give the site's TransformFactors as well")
         return residual.layer(factors.transform, scheme)
     if factors is not None:
         return round_to_nearest(W, factors.transform, *factors.branch, scheme)
     ones = torch.ones(W.shape[1], dtype=torch.bfloat16, device=W.device)
-    nothing = ones.new_zeros(W.shape[1], 0), ones.new_zeros(W.shape[0], 0)
-    return round_to_nearest(W, InputTransform.smoothing(ones), *nothing, scheme)
+    empty_down, empty_up = ones.new_zeros(W.shape[1], 0), ones.new_zeros(W.shape[0], 0)
+    return round_to_nearest(W, InputTransform.smoothing(ones), empty_down, empty_up, scheme)
 
 
 def variant_clip(
     variant: Variant, table: ClipTable | None, bins: int, scheme: QuantScheme
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Clip ratio float32 [bins] and E8M0 exponent offset int8 [bins] as a checkpoint stores them; None where the layout has none.
+    """The clips of a site as a checkpoint stores them.
 
-    A site that does not depend on t has one clip, which every bin gets. Without a table nothing is clipped.
+    Args:
+        variant: Says whether activations are quantized, and whether one clip serves all bins.
+        table: The site's clips; None clips nothing. A site that does not depend on t has one clip for all bins.
+        bins: Number of timestep bins of the expert.
+        scheme: Says the activation format.
+
+    Returns:
+        Clip ratio float32 [bins] and E8M0 exponent offset int8 [bins]; None where the checkpoint has no such tensor.
     """
     if not variant.activations:
         return None, None
@@ -39,4 +57,4 @@ def variant_clip(
         single = variant.clip == "single"
         ratio, exponent = (table.single_ratio, table.single_exponent) if single else (table.ratio, table.exponent)
     ratio, exponent = ratio.expand(bins).contiguous(), exponent.expand(bins).contiguous()
-    return ratio, exponent if scheme.activation is not None and scheme.activation.name == "mxfp4" else None
+    return ratio, exponent if scheme.activation is not None and scheme.activation.has_exponent_scale else None

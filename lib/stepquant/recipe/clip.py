@@ -1,4 +1,4 @@
-"""Clip one site: search what the dynamic activation scale is multiplied with, per timestep bin, on the final weights."""
+"""Clips one site: searches the factor of the dynamic activation scale, per timestep bin, on the final weights."""
 
 from typing import Any
 
@@ -15,13 +15,22 @@ from stepquant.recipe.site_statistics import SiteStatistics
 def clip_site(
     W: Tensor, layer: QuantizedLayer, statistics: SiteStatistics, settings: ClipSettings
 ) -> tuple[ClipTable, dict[str, Any]]:
-    """The best clip of each bin, and the best single one over all bins, by the output error against W [N, K] on search tokens.
+    """The best clip of each bin, and the best single clip for all bins, by the output error on search tokens.
 
-    Returns what is stored, and a record of all candidates' errors, in JSON types.
+    Args:
+        W: Stacked weight of the unquantized site, [N, K].
+        layer: The site's final quantized layer.
+        statistics: The site's statistics, on the device of W.
+        settings: Sections of params.yaml.
+
+    Returns:
+        What is stored (small tables, on the CPU), and a record of all candidates' errors in JSON types.
+
+    Raises:
+        UserError: As `choose_clip`.
     """
-    candidates = clip_candidates(
-        settings.clip.ratios, settings.clip.exponent_offsets, quant_scheme(settings.format).activation
-    )
+    activation = quant_scheme(settings.format).activation_format
+    candidates = clip_candidates(settings.clip.ratios, settings.clip.exponent_offsets, activation)
     errors = clip_errors(statistics.search, W, layer, candidates)
     choice = choose_clip(errors)
     ratios = torch.tensor([c.ratio for c in candidates])

@@ -1,4 +1,4 @@
-"""The params sections that each step of the recipe reads, as one typed record per step."""
+"""The sections of params.yaml that each part of the recipe reads, as one typed record per part."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from stepquant.quantize.quantized_layer import QuantScheme
 
 
 def quant_scheme(formats: Format) -> QuantScheme:
-    """The formats section as the numerics take it. Raises UserError for a format that does not exist."""
+    """The formats section in the form that quantize/ uses. Raises UserError for a format that does not exist."""
     return QuantScheme(
         get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation
     )
@@ -16,7 +16,7 @@ def quant_scheme(formats: Format) -> QuantScheme:
 
 @dataclass(frozen=True)
 class FactorSettings:
-    """What `factor_site` reads of params.yaml."""
+    """The sections that `factor_site` reads."""
 
     format: Format
     smooth: Smooth
@@ -27,7 +27,7 @@ class FactorSettings:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What `round_site` reads of params.yaml."""
+    """The sections that `round_site` reads."""
 
     format: Format
     lowrank: LowRank
@@ -36,7 +36,7 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What `clip_site` reads of params.yaml."""
+    """The sections that `clip_site` reads."""
 
     format: Format
     clip: Clip

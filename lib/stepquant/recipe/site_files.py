@@ -1,10 +1,10 @@
-"""The files of a layer: what each step of the recipe stores of a site, written, read and predicted from one definition.
+"""The files of a block's sites: what each part of the recipe stores, written, read and predicted from one definition.
 
-    <out>/<block>/factors.safetensors    "<site>.<name>" for every tensor below
-    <out>/<block>/record.json            what was chosen, per site
+    <out>/<block>/factors.safetensors    "<site>.<name>" for every tensor of the records below
+    <out>/<block>/record.json            what was selected, per site
 
-The three records are those of stages lowrank (TransformFactors), gptq (ResidualFactors) and clip (ClipTable). `tensors` gives
-what is written, `from_file` reads it back, `shapes` says what it will be before anything ran.
+The records are those of the stages lowrank (TransformFactors), gptq (ResidualFactors) and clip (ClipTable). `tensors`
+gives what is written, `from_file` reads it back, and `shapes` says what will be written before anything ran.
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,34 @@ from torch import Tensor
 
 from stepquant.errors import UserError
 from stepquant.formats import Format, Scales, pack_nibbles, unpack_nibbles
+from stepquant.quantize.lowrank import Branch
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
 from stepquant.quantize.transform import InputTransform
 
 FACTORS, RECORD = "factors.safetensors", "record.json"
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by its name
 
 
 class SiteRecord(Protocol):
-    """What a step of the recipe stores of one site."""
+    """What a part of the recipe stores of one site."""
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write, by name."""
+        ...
 
 
 @dataclass(frozen=True)
 class TransformFactors:
-    """A site's input transform and first low-rank branch. mean, smooth bfloat16 [K]; rotation: Hadamard size, 0 for none;
-    proj_down bfloat16 [K, R]; proj_up bfloat16 [N, R]."""
+    """A site's input transform and first low-rank branch.
+
+    Attributes:
+        mean: bfloat16 [K].
+        smooth: bfloat16 [K].
+        rotation: Hadamard size; 0 is no rotation.
+        proj_down: bfloat16 [K, R].
+        proj_up: bfloat16 [N, R].
+    """
 
     mean: Tensor
     smooth: Tensor
@@ -45,13 +55,16 @@ class TransformFactors:
 
     @property
     def transform(self) -> InputTransform:
+        """The input transform."""
         return InputTransform(self.smooth, self.mean, self.rotation)
 
     @property
-    def branch(self) -> tuple[Tensor, Tensor]:
+    def branch(self) -> Branch:
+        """The low-rank branch."""
         return self.proj_down, self.proj_up
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write, by name."""
         return {
             "mean": self.mean,
             "smooth": self.smooth,
@@ -62,22 +75,28 @@ class TransformFactors:
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Raises UserError if the block's file is missing or damaged."""
+        """Reads a site's factors from its block's folder. Raises UserError if the file is missing or damaged."""
         found = _read(folder, site, [field.name for field in fields(cls)], device)
         return cls(found["mean"], found["smooth"], int(found["rotation"]), found["proj_down"], found["proj_up"])
 
     @classmethod
     def shapes(cls, N: int, K: int, rank: int) -> Shapes:
+        """Shapes and dtypes of `tensors` for N outputs, K inputs and a rank."""
         vector = ((K,), torch.bfloat16)
         return {"mean": vector, "smooth": vector, "rotation": ((), torch.int64)} | _branch_shapes(N, K, rank)
 
 
 @dataclass(frozen=True)
 class ResidualFactors:
-    """A site's rounded residual and the low-rank branch that goes with it.
+    """A site's rounded residual and the low-rank branch that belongs to it.
 
-    codes uint8 [N, K/2], two per byte; scales [N, K/G] in the format's dtype; tensor_scale float32 [] (nvfp4, else None);
-    proj_down bfloat16 [K, R]; proj_up bfloat16 [N, R]; offset float32 [N], what the mean contributes to the output.
+    Attributes:
+        codes: uint8 [N, K/2], two codes per byte.
+        scales: [N, K/g] in the format's dtype.
+        tensor_scale: float32 [] (nvfp4), None in the other formats.
+        proj_down: bfloat16 [K, R].
+        proj_up: bfloat16 [N, R].
+        offset: The mean's contribution to the output, float32 [N].
     """
 
     codes: Tensor
@@ -89,28 +108,30 @@ class ResidualFactors:
 
     @classmethod
     def of_layer(cls, layer: QuantizedLayer) -> Self:
+        """The record of a quantized layer; its transform is in the site's TransformFactors."""
         scales = layer.scales
         return cls(pack_nibbles(layer.codes), scales.group, scales.tensor, layer.proj_down, layer.proj_up, layer.offset)
 
     def layer(self, transform: InputTransform, scheme: QuantScheme) -> QuantizedLayer:
-        """The site's final weights as the numerics take them."""
-        scales = Scales(self.scales, self.tensor_scale)
-        return QuantizedLayer(
-            unpack_nibbles(self.codes), scales, transform, self.proj_down, self.proj_up, self.offset, scheme
-        )
+        """The quantized layer under the site's transform and the formats it was rounded in."""
+        scales, codes = Scales(self.scales, self.tensor_scale), unpack_nibbles(self.codes)
+        return QuantizedLayer(codes, scales, transform, self.proj_down, self.proj_up, self.offset, scheme)
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write, by name."""
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in found if tensor is not None}
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Raises UserError if the block's file is missing or damaged."""
+        """Reads a site's factors from its block's folder. Raises UserError if the file is missing or damaged."""
         found = _read(folder, site, [field.name for field in fields(cls)], device, optional=("tensor_scale",))
-        return cls(*(found.get(field.name) for field in fields(cls)))
+        scales, tensor_scale = found["scales"], found.get("tensor_scale")
+        return cls(found["codes"], scales, tensor_scale, found["proj_down"], found["proj_up"], found["offset"])
 
     @classmethod
     def shapes(cls, N: int, K: int, rank: int, fmt: Format) -> Shapes:
+        """Shapes and dtypes of `tensors` for N outputs, K inputs, a rank and a weight format."""
         shapes: Shapes = {
             "codes": ((N, K // 2), torch.uint8),
             "scales": ((N, K // fmt.group), fmt.scale_dtype),
@@ -123,7 +144,14 @@ class ResidualFactors:
 
 @dataclass(frozen=True)
 class ClipTable:
-    """A site's clips, all [bins]: the best of each bin, and the best single one repeated. Ratios float32, exponent offsets int8."""
+    """A site's clips, all [bins].
+
+    Attributes:
+        ratio: The best ratio of each bin, float32.
+        exponent: The best E8M0 exponent offset of each bin, int8.
+        single_ratio: The best single ratio, repeated, float32.
+        single_exponent: The best single exponent offset, repeated, int8.
+    """
 
     ratio: Tensor
     exponent: Tensor
@@ -131,21 +159,23 @@ class ClipTable:
     single_exponent: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
-        """Raises UserError if the block's file is missing or damaged."""
+        """Reads a site's clips from its block's folder. Raises UserError if the file is missing or damaged."""
         return cls(**_read(folder, site, [field.name for field in fields(cls)], device))
 
     @classmethod
     def shapes(cls, bins: int) -> Shapes:
+        """Shapes and dtypes of `tensors` for a site with this many bins."""
         ratio, exponent = ((bins,), torch.float32), ((bins,), torch.int8)
         return {"ratio": ratio, "exponent": exponent, "single_ratio": ratio, "single_exponent": exponent}
 
 
 def block_tensors(sites: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
-    """What a block's factors.safetensors holds, from its sites' records, on the CPU."""
+    """The content of a block's factors.safetensors, on the CPU, from the records of its sites by site name."""
     return {
         f"{site}.{name}": tensor.cpu().contiguous()
         for site, record in sites.items()
@@ -162,8 +192,8 @@ def _read(folder: Path, site: str, names: list[str], device: str, optional: tupl
     path = folder / FACTORS
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            there = set(file.keys())
-            wanted = [name for name in names if name not in optional or f"{site}.{name}" in there]
+            existing = set(file.keys())
+            wanted = [name for name in names if name not in optional or f"{site}.{name}" in existing]
             return {name: file.get_tensor(f"{site}.{name}") for name in wanted}
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(

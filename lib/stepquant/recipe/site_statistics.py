@@ -1,18 +1,19 @@
-"""Statistics of a site's input, per timestep bin: what smoothing, the branch, GPTQ and the clip are computed from.
+"""Statistics of a site's input per timestep bin, from which smoothing, low-rank branch, GPTQ and clip are computed.
 
-Of one site (B bins, K channels); nothing of a held-out prompt enters anything but `heldout.*`:
+Tensors of one site (B bins, K channels). Held-out prompts contribute to `heldout.<bin>` only:
 
-    shift         [K]       about where x lies: the channel means of the first calibration call
-    hessian [K, K]    mean over bins of the bin's mean (x - shift)(x - shift)ᵀ (each bin counts the same, however many
-                            steps it has); about the shift, because where channels hardly leave their mean, float32
-                            would lose what they do in the square of the mean
-    absmax        [B, K]    largest |x| per channel
-    mean          [B, K]    mean of x per channel
+    shift             [K]       the point about which the Hessian is summed: channel means of the first calibration call
+    hessian           [K, K]    H = mean over bins of each bin's mean (x - shift)(x - shift)ᵀ; every bin has the same
+                                weight, however many steps it has. Centering keeps float32 accurate for channels whose
+                                mean is large compared with their spread
+    hessian_diagonal  [K]       diagonal of H, stored on its own because H is large
+    absmax            [B, K]    largest |x| per channel
+    mean              [B, K]    mean of x per channel
     search.<bin>      [S, K]    a seeded sample of calibration tokens, without replacement
-    validation.<bin>  [S, K]    the same from the validation prompts, which nothing else is computed from: choices are made on them
+    validation.<bin>  [S, K]    the same from the validation prompts, which are used only to choose between candidates
     heldout.<bin>     [S, K]    the same from the held-out prompts
 
-calibration/statistics_files.py keeps them on disk.
+calibration/statistics_files.py stores them.
 """
 
 from collections.abc import Callable
@@ -20,58 +21,86 @@ from collections.abc import Callable
 import torch
 
 SAMPLES = ("search", "validation", "heldout")
-FEW_TOKENS = 4  # per column: with fewer, second moments are warned of (docs/calibration.md)
+FEW_TOKENS = 4  # tokens per column below which a stage warns about its Hessian (docs/calibration.md)
 
 
 class SiteStatistics:
-    """One site's statistics; see the header for shapes. A tensor is loaded when it is asked for, and not kept.
+    """One site's statistics; the header lists the tensors and their shapes.
 
-    At 13,824 channels second moments and samples are 1.4 GB, of which no stage needs all.
+    A tensor is loaded on each access and not cached: at 13,824 channels the Hessian and the samples are 1.2 GB, and no
+    stage needs all of it.
+
+    Args:
+        load: returns the tensor of a name listed in the header, float32.
+        bins: number of timestep bins B of the site.
     """
 
     def __init__(self, load: Callable[[str], torch.Tensor], bins: int):
-        """load: gives a tensor of the header by its name, float32."""
         self.load, self.bins = load, bins
 
     @property
     def shift(self) -> torch.Tensor:
+        """[K]."""
         return self.load("shift")
 
     @property
     def hessian(self) -> torch.Tensor:
+        """[K, K], about `shift`."""
         return self.load("hessian")
 
     @property
     def absmax(self) -> torch.Tensor:
+        """[B, K]."""
         return self.load("absmax")
 
     @property
     def mean(self) -> torch.Tensor:
+        """[B, K]."""
         return self.load("mean")
 
     @property
     def search(self) -> list[torch.Tensor]:
-        """One tensor per bin."""
-        return [self.load(f"search.{b}") for b in range(self.bins)]
+        """Calibration samples [S, K], one tensor per bin."""
+        return self._samples("search")
 
     @property
     def validation(self) -> list[torch.Tensor]:
-        """One tensor per bin."""
-        return [self.load(f"validation.{b}") for b in range(self.bins)]
+        """Validation samples [S, K], one tensor per bin."""
+        return self._samples("validation")
 
     @property
     def heldout(self) -> list[torch.Tensor]:
-        """One tensor per bin."""
-        return [self.load(f"heldout.{b}") for b in range(self.bins)]
+        """Held-out samples [S, K], one tensor per bin."""
+        return self._samples("heldout")
 
     def hessian_about(self, point: torch.Tensor) -> torch.Tensor:
-        """Mean of (x - point)(x - point)ᵀ, float32 [K, K], each bin weighing the same; about 0 it is that of x itself."""
-        shift = self.shift
-        move, average = point.float() - shift, self.mean.mean(0) - shift
+        """The Hessian about another point than `shift`.
+
+        Args:
+            point: [K]; zeros give the Hessian of x itself.
+
+        Returns:
+            Mean over bins of each bin's mean (x - point)(x - point)ᵀ, float32 [K, K].
+        """
+        move, average = self._move(point)
         return self.hessian.addr(average - move, move, alpha=-1).addr_(move, average, alpha=-1)
 
     def variance_about(self, point: torch.Tensor) -> torch.Tensor:
-        """The diagonal of `hessian_about`, [K]; rounding may leave it just below zero."""
+        """The diagonal of `hessian_about`, without loading the Hessian.
+
+        Args:
+            point: [K].
+
+        Returns:
+            float32 [K]; rounding can make a value slightly negative.
+        """
+        move, average = self._move(point)
+        return self.load("hessian_diagonal") - 2 * average * move + move.square()
+
+    def _move(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The point and the mean over bins, both relative to the shift."""
         shift = self.shift
-        move, average = point.float() - shift, self.mean.mean(0) - shift
-        return self.hessian.diagonal() - 2 * average * move + move.square()
+        return point.float() - shift, self.mean.mean(0) - shift
+
+    def _samples(self, kind: str) -> list[torch.Tensor]:
+        return [self.load(f"{kind}.{b}") for b in range(self.bins)]

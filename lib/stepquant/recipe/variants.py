@@ -1,6 +1,6 @@
 """The variants: recipes assembled from the same cached factors, from the source model to the full recipe.
 
-dvc.yaml lists the same names with what each depends on; a test compares the two.
+dvc.yaml lists the same names with their dependencies; a test compares the two.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,14 @@ REFERENCE = "bf16"
 
 @dataclass(frozen=True)
 class Variant:
-    """What of the cached factors a packed variant takes.
+    """Which of the cached factors a packed variant uses.
 
-    low_rank: input transform and low-rank branch, else the plain weight. gptq: codes by GPTQ with the refitted branch, else rounded to
-    nearest. activations: quantized, else BF16. clip: one per site over all bins ("single"), one per site and bin, or none.
+    Attributes:
+        description: One sentence for reports.
+        low_rank: Input transform and low-rank branch; else the plain weight.
+        gptq: Codes by GPTQ with the refitted branch; else rounded to nearest.
+        activations: Quantized activations; else BF16.
+        clip: One clip per site for all bins ("single"), one per site and bin ("per_bin"), or none.
     """
 
     description: str
@@ -26,7 +30,7 @@ class Variant:
     clip: Literal["single", "per_bin"] | None
 
 
-# In the order in which tables and figures show them, after the reference.
+# In the order of tables and figures, after the reference.
 VARIANTS = {
     "w4a16": Variant(
         "The weights of full, solved for quantized activations, with activations left in BF16.",
@@ -36,42 +40,43 @@ VARIANTS = {
         clip=None,
     ),
     "rtn": Variant(
-        "Weights and activations rounded to nearest: inputs as they are, no low-rank branch.",
+        "Weights and activations rounded to nearest, without input transform and low-rank branch.",
         low_rank=False,
         gptq=False,
         activations=True,
         clip=None,
     ),
     "svdquant": Variant(
-        "Inputs centered, smoothed and rotated as the params say, and a BF16 low-rank branch (SVDQuant) for the outliers of the weights.",
+        "SVDQuant: centered, smoothed and rotated inputs (as params.yaml says), and a BF16 low-rank branch for the "
+        "outliers of the weights.",
         low_rank=True,
         gptq=False,
         activations=True,
         clip=None,
     ),
     "svdquant_gptq": Variant(
-        "The same, with the residual rounded by GPTQ, and the low-rank branch refitted to what that lost.",
+        "svdquant with the residual rounded by GPTQ and the low-rank branch refitted to the rounding error.",
         low_rank=True,
         gptq=True,
         activations=True,
         clip=None,
     ),
     "one_clip": Variant(
-        "svdquant_gptq, and one activation clip per site for the whole trajectory.",
+        "svdquant_gptq with one activation clip per site for the whole trajectory.",
         low_rank=True,
         gptq=True,
         activations=True,
         clip="single",
     ),
     "full": Variant(
-        "svdquant_gptq, and an activation clip per site and timestep bin.",
+        "svdquant_gptq with an activation clip per site and timestep bin.",
         low_rank=True,
         gptq=True,
         activations=True,
         clip="per_bin",
     ),
 }
-DESCRIPTIONS = {REFERENCE: "The source model, the reference of everything else."} | {
+DESCRIPTIONS = {REFERENCE: "The source model, the reference of all comparisons."} | {
     name: v.description for name, v in VARIANTS.items()
 }
 ORDER = tuple(DESCRIPTIONS)

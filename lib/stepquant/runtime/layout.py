@@ -1,15 +1,15 @@
-"""The on-disk layout of a quantized denoiser: this header is the contract, readers and writers follow it.
+"""The on-disk layout of a quantized denoiser. This header is the contract that readers and writers follow.
 
-A checkpoint is a diffusers pipeline folder. In the folder of each expert (`transformer`, `transformer_2`):
+A checkpoint is a diffusers pipeline folder. The folder of each expert (`transformer`, `transformer_2`) contains:
 
-    config.json                                     the source's, plus "quantization_config" (below)
+    config.json                                     that of the source, plus "quantization_config" (below)
     diffusion_pytorch_model.safetensors.index.json  key -> shard
     diffusion_pytorch_model-0000I-of-0000N.safetensors
                                                     one shard per block with the tensors below, then one with every
                                                     other tensor of the source, bit for bit
 
-Each target linear `y = x W^T + b`, W [N, K], loses `TARGET.weight` and gets, with G the weight format's group,
-R the rank and B the number of timestep bins:
+Each target linear y = x W^T + b with W [N, K] loses `TARGET.weight` and gets the tensors below. G is the group size of
+the weight format, R the rank and B the number of timestep bins.
 
     TARGET.qweight          int8  [N, K/2]   4-bit codes; the low nibble is the even column.
                                              int4: two's complement -8..7; mxfp4, nvfp4: E2M1, sign in the top bit
@@ -18,45 +18,63 @@ R the rank and B the number of timestep bins:
     TARGET.wtscale          bf16  [1]        nvfp4 only: scale of the whole tensor
     TARGET.wcscales         bf16  [N]        nvfp4 only: scale per output channel
     TARGET.smooth_factor    bf16  [K]
-    TARGET.mean             bf16  [K]        only if "mean_subtraction"; taken off the input of the 4-bit path
-    TARGET.bias                   [N]        only if "mean_subtraction"; the source's b, in its dtype, plus what the mean contributes:
-                                             mean W^T - (mean proj_down) proj_up^T
-    TARGET.proj_down        bf16  [K, R]     absent if R = 0; fed by the raw x, not by x / smooth_factor
-    TARGET.proj_up          bf16  [N, R]     absent if R = 0
-    TARGET.clip_ratio       fp32  [B]        absent if activations stay unquantized; multiplies each group's absmax
+    TARGET.mean             bf16  [K]        with "mean_subtraction": subtracted from the input of the 4-bit path
+    TARGET.bias                   [N]        with "mean_subtraction": the source's b plus the contribution of the mean,
+                                             mean W^T - (mean proj_down) proj_up^T, in the dtype of b
+    TARGET.proj_down        bf16  [K, R]     if R > 0; applied to the raw x, not to x / smooth_factor
+    TARGET.proj_up          bf16  [N, R]     if R > 0
+    TARGET.clip_ratio       fp32  [B]        if activations are quantized; multiplies the absmax of each group
     TARGET.clip_exponent    int8  [B]        mxfp4 activations only; added to their E8M0 exponent
 
-    y = Q(rot((x - mean) / smooth_factor); clip of the bin) (codes * wscales * wtscale * wcscales)^T
+    y = Q(rotate((x - mean) / smooth_factor); clip of the bin) (codes * wscales * wtscale * wcscales)^T
         + (x proj_down) proj_up^T + bias
 
-rot multiplies each run of "rotations"[TARGET] channels with the orthonormal Sylvester-Hadamard matrix of that order; a target
-that is not listed there has none.
+rotate cuts the channels into groups of "rotations"[TARGET] neighbors and multiplies each group by the orthonormal
+Sylvester-Hadamard matrix of that size. A target that is not listed there has no rotation.
 
-All row-major, no fragment packing. Without mean and rotation and up to the clip tables the nvfp4 form equals the SVDQuant contract of vLLM-Omni
-(docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4"); int4 and mxfp4 are its twins. In self-attention to_q, to_k and to_v
-share smooth_factor, mean, rotation, proj_down and wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
+All tensors are row-major, without fragment packing. Without mean, rotation and clip tables, the nvfp4 form equals the
+SVDQuant contract of vLLM-Omni (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4"); int4 and mxfp4 have the same form
+with their own scales. In self-attention, to_q, to_k and to_v have equal smooth_factor, mean, rotation, proj_down and
+wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
 
-quantization_config: {"quant_method": "stepquant", "version": 1, "weight_format", "activation_format": name or null,
-"activation_rounding": how an E8M0 activation scale is chosen, "rank", "mean_subtraction": bool, "rotations": {module path: block},
-"bin_edges": [falling t], "targets": [module paths]}.
+quantization_config:
+
+    quant_method         "stepquant"
+    version              2. Version 1 had other keys and is refused.
+    weight_format        "int4", "mxfp4" or "nvfp4"
+    activation_format    the same, or null if activations stay unquantized
+    activation_rounding  "floor" or "ceil": how the E8M0 scale of an activation group is rounded
+    rank                 R
+    mean_subtraction     bool
+    rotations            {module path: Hadamard size}
+    bin_edges            B + 1 falling values of t
+    targets              module paths of the quantized linears
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import torch
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput, UnsupportedCheckpoint
 from stepquant.formats import get_format
 
 QUANT_METHOD = "stepquant"
-VERSION = 1
+VERSION = 2
 
 ROUNDINGS = ("floor", "ceil")
 
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """What config.json says about a quantized denoiser. Raises UserError if a value is not allowed."""
+    """The "quantization_config" of a denoiser; the header of this file describes each value.
+
+    Raises:
+        InvalidInput: if a value is not allowed.
+        UserError: if a format does not exist.
+    """
 
     weight_format: str
     activation_format: str | None
@@ -67,62 +85,90 @@ class QuantizationSettings:
     bin_edges: tuple[float, ...]
     targets: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         get_format(self.weight_format)
         if self.activation_format is not None:
             get_format(self.activation_format)
         if self.activation_rounding not in ROUNDINGS:
-            raise UserError(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
+            raise InvalidInput(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         if not isinstance(self.rank, int) or self.rank < 0:
-            raise UserError(f"rank is {self.rank!r}; allowed: an integer of at least 0")
+            raise InvalidInput(f"rank is {self.rank!r}; allowed: an integer of at least 0")
         if not isinstance(self.mean_subtraction, bool):
-            raise UserError(f"mean_subtraction is {self.mean_subtraction!r}; allowed: true, false")
-        if not isinstance(self.rotations, dict) or not all(_is_block(block) for block in self.rotations.values()):
-            raise UserError(f"rotations are {self.rotations!r}; allowed: a power of two by module path")
+            raise InvalidInput(f"mean_subtraction is {self.mean_subtraction!r}; allowed: true, false")
         numbers = all(isinstance(edge, (int, float)) for edge in self.bin_edges)
-        if len(self.bin_edges) < 2 or not numbers or any(a <= b for a, b in zip(self.bin_edges, self.bin_edges[1:])):
-            raise UserError(f"bin_edges are {list(self.bin_edges)}; allowed: at least two falling values of t")
+        if len(self.bin_edges) < 2 or not numbers or any(a <= b for a, b in pairwise(self.bin_edges)):
+            raise InvalidInput(f"bin_edges are {list(self.bin_edges)}; allowed: at least two falling values of t")
         names = all(isinstance(target, str) for target in self.targets)
         if not self.targets or not names or len(set(self.targets)) < len(self.targets):
-            raise UserError("targets must be a list of module paths, at least one, none twice")
+            raise InvalidInput("targets must be a list of module paths, at least one, none twice")
+        self._check_rotations()
+
+    def _check_rotations(self) -> None:
+        if not isinstance(self.rotations, dict) or not all(map(_is_hadamard_size, self.rotations.values())):
+            raise InvalidInput(
+                f"rotations are {self.rotations!r}; allowed: a Hadamard size, which is a power of two, by module path"
+            )
         if foreign := sorted(set(self.rotations) - set(self.targets)):
-            raise UserError(f"rotations name {foreign[0]!r}, which is no target")
+            raise InvalidInput(f"rotations name {foreign[0]!r}, which is not in targets")
 
     @property
     def bins(self) -> int:
+        """Number of timestep bins."""
         return len(self.bin_edges) - 1
 
-    def to_config(self) -> dict:
-        """The content of config.json's "quantization_config", in JSON types."""
+    def to_config(self) -> dict[str, Any]:
+        """The content of "quantization_config", in JSON types."""
         values = asdict(self) | {"bin_edges": list(self.bin_edges), "targets": list(self.targets)}
         return {"quant_method": QUANT_METHOD, "version": VERSION} | values
 
     @classmethod
-    def from_config(cls, config: dict) -> "QuantizationSettings":
-        """Reads "quantization_config". Raises UserError for an unknown version, and missing, unknown or wrong values."""
+    def from_config(cls, config: Mapping[str, Any]) -> "QuantizationSettings":
+        """Read the content of "quantization_config".
+
+        Raises:
+            UnsupportedCheckpoint: if the method or the version is another one.
+            InvalidInput: if a key is missing or unknown, or a value is not allowed.
+            UserError: if a format does not exist.
+        """
         values = dict(config)
-        method, version = values.pop("quant_method", None), values.pop("version", None)
-        if method != QUANT_METHOD:
-            raise UserError(f"quantization_config: quant_method is {method!r}; allowed: {QUANT_METHOD!r}")
-        if version != VERSION:
-            raise UserError(f"quantization_config: version is {version!r}; this stepquant reads version {VERSION}")
+        _check_version(values.pop("quant_method", None), values.pop("version", None))
         known = {field.name for field in fields(cls)}
         if missing := sorted(known - set(values)):
-            raise UserError(f"quantization_config: missing {', '.join(missing)}")
+            raise InvalidInput(f"quantization_config: missing {', '.join(missing)}")
         if unknown := sorted(set(values) - known):
-            raise UserError(f"quantization_config: unknown {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+            raise InvalidInput(
+                f"quantization_config: unknown {', '.join(unknown)}; allowed: {', '.join(sorted(known))}"
+            )
         for key in ("bin_edges", "targets"):
             if not isinstance(values[key], (list, tuple)):
-                raise UserError(f"quantization_config: {key} is {values[key]!r}; expected a list")
+                raise InvalidInput(f"quantization_config: {key} is {values[key]!r}; expected a list")
         return cls(**values | {"bin_edges": tuple(values["bin_edges"]), "targets": tuple(values["targets"])})
 
 
-def _is_block(block: object) -> bool:
-    return type(block) is int and block > 1 and block.bit_count() == 1
+def _check_version(method: object, version: object) -> None:
+    if method != QUANT_METHOD:
+        raise UnsupportedCheckpoint(f"quantization_config: quant_method is {method!r}; allowed: {QUANT_METHOD!r}")
+    if version == 1:
+        raise UnsupportedCheckpoint(
+            f"quantization_config: version is 1, written by an older stepquant; this one reads version {VERSION}: "
+            "write the checkpoint again with stage pack (dvc repro)"
+        )
+    if version != VERSION:
+        raise UnsupportedCheckpoint(
+            f"quantization_config: version is {version!r}; this stepquant reads version {VERSION}: "
+            "install the stepquant that wrote the checkpoint"
+        )
+
+
+def _is_hadamard_size(size: object) -> bool:
+    return type(size) is int and size > 1 and size.bit_count() == 1
 
 
 def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor that a quantized [N, K] linear has in place of its weight, by name."""
+    """Shape and dtype, by name, of the tensors that a quantized [N, K] linear has in place of its weight.
+
+    The bias is not among them; with mean subtraction it keeps the dtype of the source's bias.
+    """
     fmt = get_format(settings.weight_format)
     layout = {
         "qweight": ((N, K // 2), torch.int8),

@@ -1,8 +1,12 @@
-"""The quantized linear: 4-bit weights that stay packed, 4-bit activations, a low-rank branch, a clip per timestep bin.
+"""The quantized linear: packed 4-bit weights, 4-bit activations, a low-rank branch, a clip per timestep bin.
 
-Reference implementation: it computes what the layout in stepquant.runtime.layout defines, with the weight
-dequantized in every forward and the activations quantized and dequantized. It saves memory, not time; an engine's
-kernel that keeps both operands in 4 bits is an export target.
+A reference implementation of the layout in stepquant.runtime.layout. Every forward dequantizes the whole weight, and
+quantizes and dequantizes the activations. It saves memory, not time: engines with 4-bit kernels need an export.
+
+Memory: the weight is dequantized in panels of rows and the tokens are processed in slabs, so a forward needs, besides
+input and output, one weight in the dtype of x and float32 temporaries whose size does not depend on the number of
+tokens. Under torch.compile both are done in one piece: the compiler fuses the temporaries, and its graph stays small
+and independent of the number of tokens.
 """
 
 import torch
@@ -10,24 +14,58 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
-from stepquant.quantize.rotate import check_rotation, rotate
+from stepquant.quantize.rotate import check_rotation, hadamard
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
+from stepquant.runtime.timestep_bin import TimestepBin
+
+# With 13,824 channels, the widest input of Wan2.2-I2V-A14B, a float32 temporary has 57 MB in a slab, 28 MB in a panel.
+TOKENS_PER_SLAB = 1024
+ROWS_PER_PANEL = 512
 
 
 class W4A4Linear(nn.Linear):
-    """A drop-in for nn.Linear with the buffers of linear_layout and, if the linear had one, its bias.
+    """A quantized replacement of nn.Linear, with the buffers of `linear_layout` and the bias of the original, if any.
 
-    It is an nn.Linear so that libraries that look for linears (LoRA loaders) find it, but it has no `weight`.
-    `bin` (int64 [1], not stored) selects the clip; stepquant.runtime.timestep sets it. Input and output have the dtype
-    of x; scales, smoothing and rounding are computed in float32. Buffers are uninitialized until tensors are loaded.
+    It is an nn.Linear so that libraries that search for linears (LoRA loaders) find it, but it has no `weight`. `bin`
+    selects the clip; `stepquant.runtime.timestep.follow_timestep` sets it. Input and output have the dtype of x.
+    Scales, smoothing and rounding are computed in float32.
     """
 
+    qweight: Tensor
+    wscales: Tensor
+    wtscale: Tensor
+    wcscales: Tensor
+    smooth_factor: Tensor
+    mean: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+    clip_ratio: Tensor
+    clip_exponent: Tensor
+    hadamard: Tensor
+
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, settings: QuantizationSettings, device, rotation: int = 0
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        settings: QuantizationSettings,
+        device: torch.device | str,
+        rotation: int = 0,
     ):
-        """settings say the formats, rank and bins; rotation is this linear's own. Raises UserError if a format's group or the
-        rotation does not divide in_features."""
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the float weight
+        """Create the layer. Its stored tensors are uninitialized until they are loaded.
+
+        Args:
+            in_features: K, number of input channels.
+            out_features: N, number of output channels.
+            bias: whether the layer has a bias; with mean subtraction it needs one.
+            settings: formats, rank and timestep bins of the denoiser.
+            device: of the stored tensors; "meta" allocates nothing.
+            rotation: Hadamard size of this layer's input; 0 for no rotation.
+
+        Raises:
+            UserError: if the group size of a format or the Hadamard size does not divide K.
+        """
+        nn.Module.__init__(self)  # that of nn.Linear would allocate the float weight
         self.in_features = in_features
         self.out_features = out_features
         self.weight_format = get_format(settings.weight_format)
@@ -36,45 +74,84 @@ class W4A4Linear(nn.Linear):
         self.rank = settings.rank
         self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
+        self.bin = TimestepBin()
         check_rotation(rotation, in_features)
         for fmt in (self.weight_format, self.activation_format):
             if fmt is not None:
                 check_groups(in_features, fmt, "linear input")
         for name, (shape, dtype) in linear_layout(settings, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        self.register_buffer("bin", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        if rotation:  # computed, never loaded: it must hold values where the others are still on "meta"
+            on = "cpu" if torch.device(device).type == "meta" else device
+            self.register_buffer("hadamard", hadamard(rotation).to(on), persistent=False)
         bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", bias_values)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        y = F.linear(self.quantized_input(x), self.dequantized_weight().to(x.dtype), self.bias)
+        """Output [..., N] of the layer for x [..., K], in the dtype of x and with the clip of the current bin."""
+        weight = self.dequantized_weight(x.dtype)
+        if torch.compiler.is_compiling() or x.shape[:-1].numel() <= TOKENS_PER_SLAB:
+            return self._forward_slab(x, weight)
+        tokens = x.flatten(0, -2)
+        y = x.new_empty(len(tokens), self.out_features)
+        for start in range(0, len(tokens), TOKENS_PER_SLAB):
+            slab = slice(start, start + TOKENS_PER_SLAB)
+            y[slab] = self._forward_slab(tokens[slab], weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forward_slab(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(self.quantized_input(x), weight, self.bias)
         if self.rank > 0:
             y = y + F.linear(x @ self.proj_down.to(x.dtype), self.proj_up.to(x.dtype))
         return y
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The transformed x as the 4-bit GEMM sees it, with the clip of the current bin; x's shape and dtype."""
+        """The input of the 4-bit GEMM: x [..., K] transformed and fake-quantized with the clip of the current bin.
+
+        Returns:
+            A tensor of the shape and dtype of x. Its values are multiples of the group scales, which are computed in
+            float32; if activations stay unquantized, it is the transformed x.
+        """
         x32 = x.float() - self.mean.float() if self.mean_subtraction else x.float()
-        smoothed = rotate(x32 / self.smooth_factor.float(), self.rotation)
+        z = x32 / self.smooth_factor.float()
+        if self.rotation:
+            z = (z.unflatten(-1, (-1, self.rotation)) @ self.hadamard).flatten(-2)
         if self.activation_format is None:
-            return smoothed.to(x.dtype)
+            return z.to(x.dtype)
         # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
-        ratio = self.clip_ratio.index_select(0, self.bin)
-        offset = self.clip_exponent.index_select(0, self.bin) if self.activation_format.name == "mxfp4" else 0
+        index = self.bin.on(x.device)
+        ratio = self.clip_ratio.index_select(0, index)
+        offset = self.clip_exponent.index_select(0, index) if self.activation_format.name == "mxfp4" else 0
         rounded = self.activation_format.fake_quantize(
-            smoothed, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
+            z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
         )
         return rounded.to(x.dtype)
 
-    def dequantized_weight(self) -> Tensor:
-        """The 4-bit part of the weight, float32 [N, K]; it belongs to the smoothed input, the branch is not in it."""
-        codes = unpack_nibbles(self.qweight.view(torch.uint8))
-        if self.weight_format.name != "nvfp4":
-            return self.weight_format.decode(codes, Scales(self.wscales.T, None))
-        weight = self.weight_format.decode(codes, Scales(self.wscales.T, self.wtscale.float().squeeze()))
-        return weight * self.wcscales.float().unsqueeze(1)
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The 4-bit part of the weight, [N, K]. It applies to the transformed input and excludes the low-rank branch.
+
+        Args:
+            dtype: of the result; values are computed in float32 and then rounded to it.
+        """
+        if torch.compiler.is_compiling():
+            return self._dequantized_rows(slice(None)).to(dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.qweight.device)
+        for start in range(0, self.out_features, ROWS_PER_PANEL):
+            rows = slice(start, start + ROWS_PER_PANEL)
+            weight[rows] = self._dequantized_rows(rows)
+        return weight
+
+    def _dequantized_rows(self, rows: slice) -> Tensor:
+        codes = unpack_nibbles(self.qweight[rows].view(torch.uint8))
+        scales = self.wscales.T[rows]
+        if not self.weight_format.has_tensor_scale:
+            return self.weight_format.decode(codes, Scales(scales, None))
+        values = self.weight_format.decode(codes, Scales(scales, self.wtscale.float().squeeze()))
+        return values * self.wcscales[rows].float().unsqueeze(1)
 
     def extra_repr(self) -> str:
         activation = self.activation_format.name if self.activation_format else "unquantized"
-        return f"{super().extra_repr()}, weight={self.weight_format.name}, activation={activation}, rank={self.rank}, rotation={self.rotation}"
+        return (
+            f"{super().extra_repr()}, weight={self.weight_format.name}, activation={activation}, "
+            f"rank={self.rank}, rotation={self.rotation}"
+        )

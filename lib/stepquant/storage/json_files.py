@@ -8,7 +8,7 @@ from stepquant.errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """An artifact of an earlier stage. Raises UserError if it is missing or is not JSON."""
+    """Read an artifact of an earlier stage. Raises UserError if it is missing or is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -18,5 +18,5 @@ def read_json(path: Path) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """The text of a JSON file: indented, keys sorted, with a final newline."""
+    """The text of a JSON file: indented, sorted keys, a final newline."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"

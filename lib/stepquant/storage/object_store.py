@@ -1,12 +1,12 @@
-"""Artifacts that only stages read, in an object store (S3 and its like) instead of on disk.
+"""Artifacts that only stages read, kept in an object store (such as S3) instead of on disk.
 
-In the place of a folder of Zarr groups stands a pointer to it, which DVC tracks:
+A pointer takes the place of a folder of Zarr groups, and DVC tracks the pointer:
 
     <folder>/remote.json   {"url": "s3://bucket/prefix/<digest>", "files": {name: SHA-256}}
 
-The digest is that of the files, so what is there never changes, equal folders are kept once, and the pointer is written when
-all of it is there. Nothing is ever removed from the store. Needs the extra `s3` (obstore), which takes credentials, region and
-endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...).
+The digest covers the files. So objects never change, equal folders are stored once, and the pointer is written when all
+objects are stored. Nothing is ever removed from the store. Needs the extra `s3` (obstore), which takes credentials,
+region and endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...).
 """
 
 import json
@@ -25,7 +25,15 @@ RETRY = {"max_retries": 6, "retry_timeout": timedelta(minutes=1)}
 
 
 def move(folder: Path, url: str) -> None:
-    """Put the files below a folder into the store at `url`, and leave the pointer to them alone. Raises UserError if it cannot."""
+    """Move the files of a folder into an object store and leave a pointer to them.
+
+    Args:
+        folder: the folder; it contains only the pointer afterwards.
+        url: the store's folder, such as "s3://bucket/prefix".
+
+    Raises:
+        UserError: the store refuses or cannot be reached; the folder is then unchanged.
+    """
     files = file_digests(folder)
     place = f"{url.rstrip('/')}/{content_key(files=files)}"
     store = _open(place)
@@ -38,7 +46,17 @@ def move(folder: Path, url: str) -> None:
 
 
 def find(folder: Path) -> tuple[Any, str] | None:
-    """(Zarr store, path in it) of a folder in whose place, or in its parent's, a pointer stands; None if there is none."""
+    """Follow the pointer of a folder.
+
+    Args:
+        folder: where a group, or the folder that contains it, has been replaced by a pointer.
+
+    Returns:
+        The Zarr store and the path of the group inside it, or None without a pointer.
+
+    Raises:
+        UserError: the extra `s3` is not installed, or the address is invalid.
+    """
     for place in (folder, folder.parent):
         if (place / POINTER).is_file():
             from zarr.storage import ObjectStore
@@ -50,9 +68,15 @@ def find(folder: Path) -> tuple[Any, str] | None:
 
 @contextmanager
 def reported(place: object) -> Iterator[None]:
-    """Raises UserError naming the place for whatever an object store does not do.
+    """Turn the errors of an object store into a UserError.
 
-    obstore's errors are told by their module, so that groups on disk are read without it, installed or not.
+    obstore's errors are recognized by their module, so groups on disk can be read without obstore.
+
+    Args:
+        place: the folder or address that the message names.
+
+    Raises:
+        UserError: the object store reported an error.
     """
     try:
         yield
@@ -60,7 +84,8 @@ def reported(place: object) -> Iterator[None]:
         if not type(error).__module__.startswith("obstore"):
             raise
         raise UserError(
-            f"{place}: {str(error).splitlines()[0]}; check the address, the credentials in the environment and the network"
+            f"{place}: {str(error).splitlines()[0]}; "
+            "check the address, the credentials in the environment and the network"
         ) from None
 
 

@@ -1,0 +1,22 @@
+"""Which stages run on the pretend device, and how much traffic each may cause per unit of work on the tiny workspace.
+
+A unit is what the stage's progress counts: a prompt, a shard of calls or a block. The bounds are a few percent above
+what was counted when they were set; `python benchmarks/device_traffic.py` prints what is counted now.
+"""
+
+from tests.device.runner import Call
+from tests.device.traffic import Traffic
+
+BOUNDS: dict[Call, Traffic] = {
+    Call("trajectories", ""): Traffic(host_reads=340, copies=330, launches=2400),
+    Call("capture", "high_noise"): Traffic(host_reads=140, copies=97, launches=990),
+    Call("lowrank", "high_noise"): Traffic(host_reads=140, copies=212, launches=23_100),
+    Call("gptq", "high_noise"): Traffic(host_reads=345, copies=224, launches=212_000),
+    Call("clip", "high_noise"): Traffic(host_reads=30, copies=112, launches=1340),
+    Call("pack", "rtn"): Traffic(host_reads=50, copies=21, launches=450),
+    Call("pack", "svdquant"): Traffic(host_reads=107, copies=101, launches=460),
+    Call("pack", "full"): Traffic(host_reads=100, copies=142, launches=61),
+    Call("generate", "bf16"): Traffic(host_reads=315, copies=333, launches=2860),
+    Call("generate", "full"): Traffic(host_reads=735, copies=803, launches=10_950),
+    Call("evaluate", "full"): Traffic(host_reads=14, copies=151, launches=1075),
+}
