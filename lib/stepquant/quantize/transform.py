@@ -47,7 +47,7 @@ class InputTransform:
         return hadamard(self.rotation, device=self.smooth.device)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Applies the rotation alone, which is its own inverse, to x float32 [..., K]. Raises UserError if it does not fit."""
+        """Applies the rotation alone, its own inverse, to x float32 [..., K]. Raises UserError if it does not fit."""
         check_rotation(self.rotation, x.shape[-1])
         return rotate_by(x, self._matrix) if self.rotation else x
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: written under a temporary name, then renamed."""
+"""Files and folders that are finished or absent: written under a temporary name, then renamed."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,16 +8,15 @@ from pathlib import Path
 
 @contextmanager
 def finished_or_absent(path: Path) -> Iterator[Path]:
-    """Write a file completely or not at all.
+    """Write a file under a temporary name, and rename it to `path` when the block ends without an error.
 
-    The temporary name `.NAME.tmp` is excluded by .dvcignore, so what a killed process leaves behind never enters a
-    hash.
+    The temporary name `.NAME.tmp` is excluded by .dvcignore, so what a killed process leaves enters no hash.
 
     Args:
-        path: the file to write; its folder is created.
+        path: The file. Its folder is created. An old file is replaced.
 
     Yields:
-        A temporary path beside `path`. It is renamed to `path` if the `with` block succeeds, and removed otherwise.
+        The temporary path beside it. After an error it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _temporary(path)
@@ -30,13 +29,13 @@ def finished_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def finished_folder_or_absent(path: Path) -> Iterator[Path]:
-    """Write a folder completely or not at all. Only one process at a time may write the same folder.
+    """The same for a folder. Two processes must not write the same one at a time.
 
     Args:
-        path: the folder to write; its parents are created. An old one is replaced after the `with` block succeeds.
+        path: The folder. Its parents are created. An old folder is replaced only after the block has ended well.
 
     Yields:
-        A new, empty folder beside `path`. It is renamed to `path` if the `with` block succeeds, and removed otherwise.
+        A new, empty folder beside it. After an error it is removed.
     """
     partial = _temporary(path)
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
@@ -50,7 +49,7 @@ def finished_folder_or_absent(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small UTF-8 text file completely or not at all."""
+    """Write a small UTF-8 text file, whole or not at all."""
     with finished_or_absent(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

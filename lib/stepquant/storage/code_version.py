@@ -1,6 +1,6 @@
-"""The source files that a module runs, found by following its imports.
+"""The source files that a module runs, found by following imports.
 
-They are the code version in a unit's key, and the code dependencies in dvc.yaml.
+They give the code version in the key of a unit, and the code dependencies in dvc.yaml.
 """
 
 import ast
@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Modules that report, validate, schedule or store, and cannot change a number. A change in them reruns nothing.
+# Plumbing: it reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
 PLUMBING = (
     "stepquant.command_runner",
     "stepquant.compute",
@@ -27,14 +27,15 @@ PLUMBING = (
 
 
 def source_files(module: Path, roots: dict[str, Path]) -> list[Path]:
-    """The Python files that a module runs, without plumbing.
+    """The Python files that a module runs, itself included, without plumbing.
 
     Args:
-        module: the module's file.
-        roots: folder of each top-level package by name, such as {"stepquant": lib/stepquant}.
+        module: The file of the module.
+        roots: Name of a top-level package -> its folder, such as {"stepquant": lib/stepquant}. Imports from other
+            packages are not followed.
 
     Returns:
-        The module's file and all that it imports, directly or not, from the packages in `roots`; sorted.
+        Paths, sorted.
     """
     found: dict[Path, None] = {}
     queue = [module]
@@ -60,13 +61,13 @@ def _imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            # `from package import module` names a module, `from module import name` does not. Try both.
+            # `from package import module` names a module and `from module import name` does not, so try both.
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _files(name: str, roots: dict[str, Path]) -> Iterator[Path]:
-    """Files that importing `name` runs: the module's and the __init__.py of each package above it."""
+    """The files that an import of `name` runs: the module, and __init__ of each package above it."""
     top, *rest = name.split(".")
     if top not in roots or _is_plumbing(name):
         return
@@ -83,6 +84,6 @@ def _is_plumbing(name: str) -> bool:
 
 
 def _has_code(file: Path) -> bool:
-    """Whether a file can change a number. An __init__.py without imports cannot: it is a docstring or lazy exports."""
+    """Whether a module can change a number. An __init__ without imports at its top level cannot."""
     imports = (ast.Import, ast.ImportFrom)
     return file.name != "__init__.py" or any(isinstance(node, imports) for node in ast.parse(file.read_text()).body)
