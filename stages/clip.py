@@ -39,7 +39,7 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
 
 def search_clip(settings: ClipSettings, block: StoredBlock, site: Site) -> tuple[ClipTable, dict[str, Any]]:
     """The clip table of one site of a block, and the record of its search."""
-    layer = block.residual_factors(site).layer(block.transform_factors(site).transform, quant_scheme(settings.format))
+    layer = block.quantized_layer(site, quant_scheme(settings.format))
     return clip_site(block.weight(site), layer, block.statistics(site), settings)
 
 

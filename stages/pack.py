@@ -8,7 +8,6 @@ from pathlib import Path
 from stages import _artifacts as artifacts
 from stages._blocks import check_shapes
 from stages._stage import ParamsFile, Stage, VariantName, open_stage
-from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.checkpoint.packed import PackedLinear, pack_site
 from stepquant.checkpoint.writer import write_checkpoint
@@ -18,9 +17,9 @@ from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest, read_manifest
 from stepquant.models.sites import WAN_SITES, Site
 from stepquant.models.source import resolve_source
-from stepquant.recipe.assemble import variant_clip, variant_layer
+from stepquant.quantize.quantized_layer import QuantizedLayer
+from stepquant.recipe.assemble import nearest_layer, variant_clip
 from stepquant.recipe.settings import quant_scheme
-from stepquant.recipe.site_files import ClipTable
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.json_files import read_json
@@ -54,7 +53,9 @@ class Packer:
         """Read what the variant needs to know in advance: rank, mean subtraction and bin edges. Checks shapes."""
         self.variant, self.described = variant, manifest.expert(expert)
         self.scheme = quant_scheme(stage["format"])
-        self.model = open_expert(manifest, expert, stage["compute"])
+        # Codes of GPTQ are laid out anew, which needs no device.
+        compute = stage["compute"].model_copy(update={"device": "cpu"}) if variant.gptq else stage["compute"]
+        self.model = open_expert(manifest, expert, compute)
         self.folders = {
             "lowrank": artifacts.lowrank(expert),
             "residual": artifacts.residual(expert),
@@ -103,17 +104,18 @@ class Packer:
         return StoredBlock(index, self.model, self.folders)
 
     def _pack_site(self, block: StoredBlock, site: Site) -> dict[str, PackedLinear]:
-        variant, table = self.variant, None
-        factors = block.transform_factors(site) if variant.low_rank else None
-        residual = block.residual_factors(site) if variant.gptq else None
-        layer = variant_layer(block.weight(site), factors, residual, self.scheme)
-        if variant.clip:
-            table = ClipTable.from_file(self.folders["clip"] / block_name(block.index), site.name, "cpu")
-        clip = variant_clip(variant, table, len(self.edges) - 1, self.scheme)
+        table = block.clip_table(site) if self.variant.clip else None
+        clip = variant_clip(self.variant, table, len(self.edges) - 1, self.scheme)
         biases = {linear: self.model.linear_bias(block.index, linear) for linear in site.linears}
         shapes = self.described.sites[site.name].linears
         linears = {path: shapes[path] for path in site.linears}
-        return pack_site(layer, linears, biases, clip, mean_subtraction=self.mean_subtraction)
+        return pack_site(self._layer(block, site), linears, biases, clip, mean_subtraction=self.mean_subtraction)
+
+    def _layer(self, block: StoredBlock, site: Site) -> QuantizedLayer:
+        if self.variant.gptq:
+            return block.quantized_layer(site, self.scheme)
+        factors = block.transform_factors(site) if self.variant.low_rank else None
+        return nearest_layer(block.weight(site), factors, self.scheme)
 
 
 if __name__ == "__main__":

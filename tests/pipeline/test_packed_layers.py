@@ -27,7 +27,7 @@ def test_packed_linears_compute_what_their_factors_do(workspace, monkeypatch, ex
     packed = PackedExpert(artifacts.checkpoint("full") / manifest.expert(expert).subfolder, "cpu")
     assert packed.settings.mean_subtraction and packed.settings.rotations
     for site in WAN_SITES:
-        layer = block.residual_factors(site).layer(block.transform_factors(site).transform, quant_scheme(formats))
+        layer = block.quantized_layer(site, quant_scheme(formats))
         bias = torch.cat([model.linear_bias(1, linear) for linear in site.linears]).float()
         ratios = ClipTable.from_file(artifacts.clip(expert) / "block_01", site.name, "cpu").ratio
         linears = packed.linears(1, site)

@@ -5,9 +5,8 @@ import torch
 
 from stepquant.formats import get_format
 from stepquant.quantize.quantized_layer import dequantized_weight
-from stepquant.recipe.assemble import variant_clip, variant_layer
+from stepquant.recipe.assemble import nearest_layer, variant_clip
 from stepquant.recipe.factor import factor_site
-from stepquant.recipe.round import round_site
 from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.site_files import ClipTable
 from stepquant.recipe.variants import VARIANTS
@@ -17,21 +16,13 @@ from stepquant.recipe.variants import VARIANTS
 def factored(site, settings):
     chosen = settings("int4")
     factors, _ = factor_site(site.W, site.statistics, chosen.factor)
-    residual, _ = round_site(site.W, site.statistics, factors, chosen.round)
-    return factors, residual, quant_scheme(chosen.factor.format)
-
-
-def test_gptq_takes_the_stored_codes_and_the_refitted_branch(site, factored):
-    factors, residual, scheme = factored
-    layer = variant_layer(site.W, factors, residual, scheme)
-    expected = residual.layer(factors.transform, scheme)
-    assert torch.equal(layer.codes, expected.codes) and layer.proj_up is residual.proj_up
+    return factors, quant_scheme(chosen.factor.format)
 
 
 def test_low_rank_alone_rounds_the_residual_to_nearest(site, factored):
     """(W - up @ down^T) * s, rotated, rounded to nearest with scales absmax / 7."""
-    factors, _, scheme = factored
-    layer = variant_layer(site.W, factors, None, scheme)
+    factors, scheme = factored
+    layer = nearest_layer(site.W, factors, scheme)
     assert layer.proj_down is factors.proj_down
     rest = factors.transform.weight(site.W - factors.proj_up.float() @ factors.proj_down.float().T)
     steps = rest.unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True) / 7
@@ -40,16 +31,11 @@ def test_low_rank_alone_rounds_the_residual_to_nearest(site, factored):
 
 
 def test_rtn_rounds_the_plain_weight(site, factored):
-    scheme = factored[2]
-    layer = variant_layer(site.W, None, None, scheme)
+    scheme = factored[1]
+    layer = nearest_layer(site.W, None, scheme)
     fmt = get_format("int4")
     assert torch.equal(layer.codes, fmt.encode(site.W, fmt.scales(site.W)))
     assert layer.proj_down.shape == (128, 0) and not layer.offset.any()
-
-
-def test_a_residual_without_its_transform_is_our_mistake(site, factored):
-    with pytest.raises(ValueError, match="TransformFactors"):
-        variant_layer(site.W, None, factored[1], factored[2])
 
 
 TABLE = ClipTable(

@@ -8,7 +8,8 @@ import torch
 from stepquant.calibration.statistics_files import block_name, read_statistics, site_folder
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sites import Site
-from stepquant.recipe.site_files import ResidualFactors, TransformFactors
+from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
+from stepquant.recipe.site_files import ClipTable, ResidualFactors, TransformFactors
 from stepquant.recipe.site_statistics import SiteStatistics
 
 
@@ -19,8 +20,8 @@ class StoredBlock:
     Attributes:
         index: number of the block.
         model: the expert's weights; tensors are put onto its device.
-        folders: the expert's folder by kind of artifact ("activations", "lowrank", "residual"); only those that are
-            read.
+        folders: the expert's folder by kind of artifact ("activations", "lowrank", "residual", "clip"); only
+            those that are read.
     """
 
     index: int
@@ -46,3 +47,11 @@ class StoredBlock:
         return ResidualFactors.from_file(
             self.folders["residual"] / block_name(self.index), site.name, self.model.device
         )
+
+    def quantized_layer(self, site: Site, scheme: QuantScheme) -> QuantizedLayer:
+        """A site's layer with GPTQ's codes. Raises UserError if a file is missing or damaged."""
+        return self.residual_factors(site).layer(self.transform_factors(site).transform, scheme)
+
+    def clip_table(self, site: Site) -> ClipTable:
+        """A site's clips, on the CPU. Raises UserError if the file is missing or damaged."""
+        return ClipTable.from_file(self.folders["clip"] / block_name(self.index), site.name, "cpu")

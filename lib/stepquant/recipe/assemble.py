@@ -6,29 +6,21 @@ from torch import Tensor
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
 from stepquant.quantize.smooth import round_to_nearest
 from stepquant.quantize.transform import InputTransform
-from stepquant.recipe.site_files import ClipTable, ResidualFactors, TransformFactors
+from stepquant.recipe.site_files import ClipTable, TransformFactors
 from stepquant.recipe.variants import Variant
 
 
-def variant_layer(
-    W: Tensor, factors: TransformFactors | None, residual: ResidualFactors | None, scheme: QuantScheme
-) -> QuantizedLayer:
-    """The quantized layer of a site.
+def nearest_layer(W: Tensor, factors: TransformFactors | None, scheme: QuantScheme) -> QuantizedLayer:
+    """The layer of a variant without GPTQ: rounded to nearest.
 
     Args:
         W: Stacked weight of the site, [N, K].
         factors: Transform and first branch; None leaves the input and the weight as they are.
-        residual: GPTQ's codes and the branch refitted to them, which need `factors`; None rounds to nearest.
         scheme: Formats of weight and activations.
 
     Raises:
-        ValueError: `residual` without `factors`.
         UserError: As `round_to_nearest`.
     """
-    if residual is not None:
-        if factors is None:
-            raise ValueError("a residual is that of a transform: give the site's TransformFactors as well")
-        return residual.layer(factors.transform, scheme)
     if factors is not None:
         return round_to_nearest(W, factors.transform, *factors.branch, scheme)
     ones = torch.ones(W.shape[1], dtype=torch.bfloat16, device=W.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
-from stepquant.quantize.rotate import check_rotation, hadamard
+from stepquant.quantize.rotate import check_rotation, hadamard, rotate_by
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.timestep_bin import TimestepBin
 
@@ -83,7 +83,7 @@ class W4A4Linear(nn.Linear):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if rotation:  # computed, never loaded: it must hold values where the others are still on "meta"
             on = "cpu" if torch.device(device).type == "meta" else device
-            self.register_buffer("hadamard", hadamard(rotation).to(on), persistent=False)
+            self.register_buffer("hadamard", hadamard(rotation, device=on), persistent=False)
         bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", bias_values)
 
@@ -115,7 +115,7 @@ class W4A4Linear(nn.Linear):
         x32 = x.float() - self.mean.float() if self.mean_subtraction else x.float()
         z = x32 / self.smooth_factor.float()
         if self.rotation:
-            z = (z.unflatten(-1, (-1, self.rotation)) @ self.hadamard).flatten(-2)
+            z = rotate_by(z, self.hadamard)
         if self.activation_format is None:
             return z.to(x.dtype)
         # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
