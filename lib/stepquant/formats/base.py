@@ -177,7 +177,7 @@ def check_groups(K: int, fmt: Format, what: str) -> None:
     """Raises InvalidInput, with the name `what`, unless fmt's group size divides K channels."""
     if K % fmt.group:
         raise InvalidInput(
-            f"{what}: {K} channels cannot be cut into {fmt.name} groups; allowed: a multiple of {fmt.group}"
+            f"{what}: {K} channels cannot be divided into {fmt.name} groups; allowed: a multiple of {fmt.group}"
         )
 
 
