@@ -44,11 +44,13 @@ def test_uneven_panels_and_slabs_change_nothing(tmp_path, x, monkeypatch):
 @pytest.fixture
 def matmul():
     """torch's settings of products on a GPU, which the test may change. They inherit none from the process."""
-    process, settings = torch.backends, torch.backends.cuda.matmul
-    before = process.fp32_precision, settings.fp32_precision
-    process.fp32_precision = "none"
-    yield settings
-    process.fp32_precision, settings.fp32_precision = before
+    levels = [torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [level.fp32_precision for level in levels]
+    for level in levels:
+        level.fp32_precision = "none"
+    yield levels[-1]
+    for level, precision in zip(levels, before):
+        level.fp32_precision = precision
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
