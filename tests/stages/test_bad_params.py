@@ -102,7 +102,7 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
 def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
     folder.set("rotate.hadamard_sizes", [0, 512])
     where, allowed = "rotate.hadamard_sizes, high_noise attn1.out", "0, or a power of two that divides 256"
-    assert refused("lowrank", *HIGH) == f"{where}: block 512 for 256 channels; allowed: {allowed}"
+    assert refused("lowrank", *HIGH) == f"{where}: Hadamard size 512 for 256 channels; allowed: {allowed}"
 
 
 def narrow_feed_forward(expert, size):
