@@ -69,7 +69,7 @@ def test_a_full_disk_that_names_no_file_names_the_folder(error, tmp_path, monkey
 
 
 SHORTAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Of the allocated memory 76 GiB is in use"
-FOUND = "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full"
+FOUND = "out of memory on compute.device: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ FOUND = "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is
         ),
         ("lowrank", torch.OutOfMemoryError(SHORTAGE), f"{FOUND}; stage lowrank: lower capture.search_tokens"),
         ("clip", OutOfMemory("cuda:0 is full"), "cuda:0 is full; stage clip: lower capture.search_tokens"),
-        ("generate", MemoryError(), "out of memory: on the host; stage generate: sample on a larger machine"),
+        ("generate", MemoryError(), "out of memory on the host; stage generate: sample on a larger machine"),
         ("plan", torch.OutOfMemoryError(SHORTAGE), FOUND),
     ],
 )

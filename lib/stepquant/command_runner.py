@@ -51,7 +51,8 @@ def user_error(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if _is_out_of_memory(error):
-        return OutOfMemory(f"out of memory: {_first_sentences(str(error)) or 'on the host'}")
+        where = "the host" if isinstance(error, MemoryError) else "compute.device"
+        return OutOfMemory(": ".join(filter(None, (f"out of memory on {where}", _first_sentences(str(error))))))
     number = _error_number(error) if isinstance(error, OSError | SafetensorError) else None
     if number not in _USER_CAN_FIX:
         return None

@@ -43,11 +43,12 @@ def test_uneven_panels_and_slabs_change_nothing(tmp_path, x, monkeypatch):
 
 @pytest.fixture
 def matmul():
-    """torch's settings of products on a GPU, which the test may change."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
+    """torch's settings of products on a GPU, which the test may change. They inherit none from the process."""
+    process, settings = torch.backends, torch.backends.cuda.matmul
+    before = process.fp32_precision, settings.fp32_precision
+    process.fp32_precision = "none"
     yield settings
-    settings.fp32_precision = before
+    process.fp32_precision, settings.fp32_precision = before
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])

@@ -116,7 +116,7 @@ def test_errors(compute, store, capsys, kind):
             map_units(workers, store, [work.out_of_memory])
         found = user_error(shortage.value)
         assert isinstance(found, OutOfMemory) and str(found) == (
-            "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. "
+            "out of memory on compute.device: CUDA out of memory. Tried to allocate 2.00 GiB. "
             "GPU 0 has a total capacity of 79.11 GiB of which 1.60 GiB is free"
         )
         with pytest.raises(ZeroDivisionError) as bug:

@@ -7,7 +7,6 @@ from tests.device.runner import Call, run_stages
 STAGES = [Call("capture", "high_noise"), Call("gptq", "high_noise"), Call("generate", "full")]
 
 
-@pytest.mark.xfail(strict=True, reason="torch.OutOfMemoryError leaves a stage as a traceback")
 @pytest.mark.parametrize("call", STAGES, ids=str)
 def test_the_message_names_the_remedy(workspace, tmp_path, call):
     result = run_stages(workspace, [call], "pretend:1", tmp_path / "run", limit=1_000_000)[call]

@@ -95,7 +95,7 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
     folder.set(f"format.{kind}", fmt)
     folder.set(f"format.{other}", fmt)
     message = refused(stage, *arguments)
-    found = f"1000 channels cannot be cut into {fmt} groups"
+    found = f"1000 channels cannot be divided into {fmt} groups"
     assert message == f"format.weight, high_noise ffn.down: {found}; allowed: a multiple of {group}"
 
 

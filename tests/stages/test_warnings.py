@@ -31,6 +31,6 @@ def test_a_stage_that_runs_out_of_memory_says_what_to_lower(folder, refused, mon
 
     monkeypatch.setattr(lowrank, "factor_site", shortage)
     assert refused("lowrank", *HIGH) == (
-        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; "
+        "out of memory on compute.device: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; "
         "stage lowrank: lower capture.search_tokens"
     )

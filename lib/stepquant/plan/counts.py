@@ -5,13 +5,14 @@ from math import ceil
 from stepquant.calibration.observer import PANEL
 from stepquant.plan.workload import ExpertRun, SiteShape, Workload, summed_tokens
 from stepquant.quantize.lowrank import OVERSAMPLING, POWER_ITERATIONS
+from stepquant.runtime.linear import TOKENS_PER_SLAB
 
 # Tensors that a block's forward holds at a time, per token: of the width and of the ffn's width, in float32 and in the
 # dtype of the block. Checked against benchmarks/memory.py (docs/scale.md).
 FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
 # The quantized linear works on a slab of tokens at a time (runtime/linear.py), with this many float32 tensors of it:
 # the centered input, its smoothed and rotated forms, its quotient by the scales, the rounded and the scaled values.
-SLAB_TOKENS, SLAB_TENSORS = 1024, 6
+SLAB_TENSORS = 6
 MODULATION = 6  # vectors of the width by which a timestep modulates a block, in float32
 HEAD = 128  # channels of an attention head of every Wan model
 
@@ -37,7 +38,7 @@ def linear_bytes(run: Workload, expert: ExpertRun) -> float:
     """
 
     def held(rows: int, columns: int) -> float:
-        return run.itemsize * rows * columns + SLAB_TENSORS * 4 * min(SLAB_TOKENS, run.tokens) * columns
+        return run.itemsize * rows * columns + SLAB_TENSORS * 4 * min(TOKENS_PER_SLAB, run.tokens) * columns
 
     return max(held(*shape) for site in expert.sites for shape in site.linears.values())
 
