@@ -54,6 +54,7 @@ def site() -> SiteCase:
     kept["absmax"] = torch.stack([x.abs().amax(0) for x in calibration])
     moved = [x - kept["shift"] for x in calibration]
     kept["hessian"] = torch.stack([x.T @ x / len(x) for x in moved]).mean(0)
+    kept["hessian_diagonal"] = kept["hessian"].diagonal()
     for b in range(2):
         kept |= {f"search.{b}": calibration[b][:TOKENS]}
         kept |= {f"{sample}.{b}": tokens(b, TOKENS) for sample in ("validation", "heldout")}
