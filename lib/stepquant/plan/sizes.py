@@ -64,7 +64,7 @@ def trajectories(run: Workload) -> Size:
 
 
 def activations(run: Workload, expert: ExpertRun) -> Size:
-    """Per block and site: second moments, channel statistics and samples (calibration/activations.py)."""
+    """Per block and site: Hessian, channel statistics and samples (calibration/statistics_files.py)."""
     block = 0
     for site in expert.sites:
         bins = len(expert.steps) if site.per_bin else 1
