@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-from stepquant.compute.advice import LESS_MEMORY
+from stepquant.advice import LESS_MEMORY
 from stepquant.errors import OutOfMemory, UserError
 
 # Refusals of the file system that the user can fix. Any other error is a bug of ours and keeps its traceback.

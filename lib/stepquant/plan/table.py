@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from stepquant.compute.advice import LESS_MEMORY
+from stepquant.advice import LESS_MEMORY
 from stepquant.plan import sizes
 from stepquant.plan.costs import stage_costs
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine

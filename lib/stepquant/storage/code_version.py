@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Plumbing: it reports, validates, schedules and stores, but cannot change a number. A change here reruns nothing.
 PLUMBING = (
+    "stepquant.advice",
     "stepquant.command_runner",
     "stepquant.compute",
     "stepquant.errors",
