@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	stepquant show
 
 test: $(VENV)/installed $(VENV)/peers/installed $(VENV)/ray/installed
-	python -m pytest -n 3 --dist worksteal
+	python -m pytest -n 2 --dist worksteal
 
 reproduce: demo
 	python ci/reproduce.py

@@ -35,6 +35,14 @@ def workspace_copy(workspace, tmp_path) -> Workspace:
     return workspace.copy(tmp_path / "workspace")
 
 
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Every test starts with gradients on, although stages that ran in this process have turned them off."""
+    torch.set_grad_enabled(True)
+    yield
+    torch.set_grad_enabled(True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the whole pipeline come first: while one process makes their workspace, another does the rest."""
     items.sort(key=lambda item: "workspace" not in item.fixturenames)
