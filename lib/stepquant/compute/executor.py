@@ -75,7 +75,7 @@ class Executor:
         Raises:
             UserError: The device cannot be used there.
         """
-        if self._in_process or self.compute.device == "cpu":
+        if self.compute.device == "cpu":
             prepare_torch(self.compute)
             return numerics_versions(self.compute.device)
         check_device_name(self.compute.device)
@@ -110,10 +110,6 @@ class Executor:
             progress.step()
         return [units[task.key] for task in tasks]
 
-    @property
-    def _in_process(self) -> bool:
-        return self.compute.executor == "local" and self.compute.workers == 1
-
     @cached_property
     def _engine(self) -> Engine:
         if self.compute.executor == "ray":
@@ -122,4 +118,4 @@ class Executor:
             return RayWorkers(self.compute, self.code)
         from stepquant.compute.local import InProcess, Processes
 
-        return InProcess(self.compute) if self._in_process else Processes(self.compute)
+        return InProcess(self.compute) if self.compute.workers == 1 else Processes(self.compute)
