@@ -24,25 +24,33 @@ class SiteShape:
 
     Attributes:
         name: Name of the site.
-        linears: Module path -> (N, K).
-        per_bin: Whether its input depends on the timestep.
+        described: Its linears, and whether its input depends on the timestep.
         tokens: Tokens per call.
     """
 
     name: str
-    linears: dict[str, tuple[int, int]]
-    per_bin: bool
+    described: SiteManifest
     tokens: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (N, K)."""
+        return self.described.linears
+
+    @property
+    def per_bin(self) -> bool:
+        """Whether its input depends on the timestep."""
+        return self.described.depends_on_timestep
 
     @property
     def N(self) -> int:
         """Rows of the stacked weight."""
-        return sum(rows for rows, _ in self.linears.values())
+        return self.described.rows
 
     @property
     def K(self) -> int:
         """Input channels."""
-        return next(iter(self.linears.values()))[1]
+        return self.described.columns
 
     @property
     def weights(self) -> int:
@@ -180,10 +188,8 @@ class Workload:
         )
 
     def _site(self, name: str, described: SiteManifest) -> SiteShape:
-        per_bin = described.depends_on_timestep
-        return SiteShape(
-            name, described.linears, per_bin, self.tokens if per_bin else self.parameter("sampling").max_sequence_length
-        )
+        text: int = self.parameter("sampling").max_sequence_length
+        return SiteShape(name, described, self.tokens if described.depends_on_timestep else text)
 
 
 def timesteps(steps: int, shift: float) -> list[float]:
