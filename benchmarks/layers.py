@@ -113,7 +113,14 @@ def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
     compute = Compute(
-        device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        offload="none",
+        executor="local",
+        workers=1,
+        address=None,
+        gpus_per_unit=0,
     )
     for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)

@@ -100,7 +100,14 @@ def seeded(widths: list[int], seeds: int) -> Iterator[tuple[Layer, Tensor]]:
 def demo(root: Path, blocks: int) -> Iterator[tuple[Layer, Tensor]]:
     """The sites of the first blocks of each expert with their tokens of all calibration calls, computed in bfloat16."""
     compute = Compute(
-        device="cpu", dtype="bfloat16", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+        device="cpu",
+        dtype="bfloat16",
+        threads=1,
+        offload="none",
+        executor="local",
+        workers=1,
+        address=None,
+        gpus_per_unit=0,
     )
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})

@@ -15,9 +15,9 @@ from stepquant.compute.units import gather
 from stepquant.errors import MissingFile
 from stepquant.evaluate.video import write_video
 from stepquant.models.manifest import read_manifest
+from stepquant.models.offload import place_pipeline
 from stepquant.models.prompts import Prompt, evaluation_prompts
 from stepquant.models.sampling import ready_to_sample, sample, source_pipeline
-from stepquant.models.source import place_pipeline
 from stepquant.recipe.variants import REFERENCE
 from stepquant.storage.digests import file_digests
 from stepquant.storage.json_files import to_json
@@ -79,11 +79,11 @@ class Sampler:
         """The pipeline: the source's for the reference variant, else that of the packed folder."""
         compute, sampling = self.stage["compute"], self.stage["sampling"]
         if self.variant == REFERENCE:
-            return source_pipeline(self.manifest, compute, sampling)
+            with self.stage.units.scratch() as folder:
+                return source_pipeline(self.manifest, compute, sampling, folder)
         packed = artifacts.checkpoint(self.variant)
-        return ready_to_sample(
-            lambda: place_pipeline(load_pipeline(packed, dtype=torch_dtype(compute.dtype)), compute.device), sampling
-        )
+        dtype, place = torch_dtype(compute.dtype), (compute.device, compute.offload)
+        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=dtype), *place), sampling)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._stage import ParamsFile, open_stage
+from stages._stage import ParamsFile, Stage, open_stage
 from stepquant.calibration.trajectories import record_prompt
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.compute.units import gather
-from stepquant.models.manifest import read_manifest
+from stepquant.models.manifest import ModelManifest, read_manifest
 from stepquant.models.prompts import recorded_prompts
 from stepquant.models.sampling import source_pipeline
 from stepquant.storage.zarr_groups import group_metadata
@@ -27,7 +28,7 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_manifest(artifacts.MODEL)
         prompts = recorded_prompts(stage["trajectories"])
         # Loaded on first use: not at all if every unit is finished.
-        pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))
+        pipe = cache(lambda: load(stage, manifest))
         units = {}
         for prompt in track(prompts, "trajectories"):
             key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())
@@ -36,6 +37,12 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
             )
         digests = {name: unit.digest for name, unit in units.items()}
         gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
+
+
+def load(stage: Stage, manifest: ModelManifest) -> Any:
+    """The source pipeline."""
+    with stage.units.scratch() as folder:
+        return source_pipeline(manifest, stage["compute"], stage["sampling"], folder)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ PARAMS = {
     "model.revision": ("main", ALL),
     "compute.threads": (2, ALL - {"model"}),
     "compute.dtype": ("bfloat16", ALL - {"model"}),
+    "compute.offload": ("disk", {"report"}),
     "compute.executor": ("ray", {"report"}),
     "compute.workers": (2, {"report"}),
     "compute.address": ("head:6379", {"report"}),

@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +95,18 @@ class UnitStore:
         """Remove a unit that is no longer needed."""
         shutil.rmtree(self.root / key, ignore_errors=True)
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder beside the units, removed at the end of the block, or by `sweep` after a killed process."""
+        folder = self.root / f".scratch.{uuid.uuid4().hex}.partial"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def sweep(self) -> None:
-        """Remove the half-written units of killed processes. Call it only under the stage's lock."""
+        """Remove half-written units and scratch of killed processes. Call it only under the stage's lock."""
         for partial in self.root.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -4,6 +4,7 @@ Equal prompt, image, seed and settings give equal initial noise for every varian
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,22 @@ from PIL import Image
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.source import load_source_pipeline, resolve_source
 from stepquant.params import Compute, Sampling
-from stepquant.torch_setup import torch_dtype
 
 
-def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling) -> Any:
-    """The unquantized pipeline of a manifest, ready to sample. Raises UserError as `load_source_pipeline`."""
+def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling, scratch: Path) -> Any:
+    """The unquantized pipeline of a manifest, ready to sample.
+
+    Args:
+        manifest: of the source model.
+        compute: device, dtype and offload.
+        sampling: whose timestep shift is set.
+        scratch: an empty folder, which may be deleted afterwards.
+
+    Raises:
+        UserError: as `load_source_pipeline`.
+    """
     folder = resolve_source(manifest.source, manifest.revision)
-    return ready_to_sample(lambda: load_source_pipeline(folder, compute.device, torch_dtype(compute.dtype)), sampling)
+    return ready_to_sample(lambda: load_source_pipeline(folder, compute, scratch), sampling)
 
 
 def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:

@@ -5,13 +5,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
+from stepquant.models.families import find_family
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
+from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
+from stepquant.params import Compute
 from stepquant.storage.digests import file_digests
+from stepquant.torch_setup import torch_dtype
 
 # Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
@@ -156,32 +158,25 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """Load the unquantized pipeline.
+def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
+    """Load the unquantized pipeline, and put it where `compute.offload` says.
 
     Args:
         folder: the local folder of the model.
-        device: where it computes; components are offloaded as in `place_pipeline`.
-        dtype: of the components.
+        compute: device, dtype and offload.
+        scratch: an empty folder, as in `load_mapped`. It may be deleted afterwards.
 
     Raises:
         UserError: as `describe_experts`, because the folder may have changed since it was described.
     """
     _check_components(folder)
-    from diffusers import WanImageToVideoPipeline
-
-    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return place_pipeline(pipe, device)
-
-
-def place_pipeline(pipe: Any, device: str) -> Any:
-    """Hide the pipeline's progress bar and put it on the device. Returns the pipeline.
-
-    On a GPU, model offload keeps one component at a time on the device, because two 14B experts, a text encoder and a
-    VAE need more memory than most GPUs have.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    if torch.device(device).type == "cpu":
-        return pipe.to(device)
-    pipe.enable_model_cpu_offload(device=device)
-    return pipe
+    family = find_family(_read_json(folder / "model_index.json", "_class_name")["_class_name"])
+    dtype, experts = torch_dtype(compute.dtype), {}
+    if compute.offload == "disk":
+        for expert in family.experts(_read_json(folder / "model_index.json")):
+            place = folder / expert.subfolder
+            copy = scratch / expert.subfolder
+            copy.mkdir()
+            experts[expert.subfolder] = load_mapped(family.denoiser.load(), place, open_weights(place), dtype, copy)
+    pipe = family.load().from_pretrained(folder, dtype=dtype, local_files_only=True, **experts)
+    return place_pipeline(pipe, compute.device, compute.offload)
