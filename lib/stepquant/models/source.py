@@ -162,7 +162,7 @@ def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     Args:
         folder: the local folder of the model.
         device: where it computes; components are offloaded as in `place_pipeline`.
-        dtype: of the components.
+        dtype: of the components, but for the VAE, which is float32: 16 bits are visible in a video.
 
     Raises:
         UserError: as `describe_experts`, because the folder may have changed since it was described.
@@ -170,7 +170,8 @@ def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     _check_components(folder)
     from diffusers import WanImageToVideoPipeline
 
-    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
     return place_pipeline(pipe, device)
 
 
