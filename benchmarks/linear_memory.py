@@ -84,9 +84,10 @@ def settings(fmt: str, targets: tuple[str, ...] = ("a",)) -> QuantizationSetting
 
 
 def make_linear(fmt: str, K: int, N: int, device: str) -> W4A4Linear:
-    """A quantized linear with bfloat16 bias; all codes and scales are ones."""
+    """A quantized linear; all codes, scales and biases are ones."""
     linear = W4A4Linear(K, N, True, settings(fmt), device, rotation=ROTATION).to(device)
-    linear.bias = nn.Parameter(torch.ones(N, dtype=torch.bfloat16, device=device), requires_grad=False)
+    linear.bin.set(torch.zeros(1, dtype=torch.int64, device=device))
+    linear.bias.fill_(1)
     if device != "meta":
         for buffer in linear.buffers():
             buffer.copy_(torch.ones_like(buffer, dtype=torch.float32))

@@ -23,16 +23,18 @@ from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.json_files import read_json
+from stepquant.torch_setup import torch_dtype
 
-READS = ("compute", "format")
+READS = ("compute", "format", "sampling")
 
 
 @command
 def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None:
     """Write one variant as a diffusers checkpoint, both experts.
 
-    Reads the params sections compute and format, artifacts/model and, as far as the
-    variant needs them, artifacts/lowrank, artifacts/residual and artifacts/clip. Writes artifacts/checkpoints/VARIANT/.
+    Reads the params sections compute, format and sampling (whose timestep shift the packed scheduler
+    gets), artifacts/model and, as far as the variant needs them, artifacts/lowrank, artifacts/residual
+    and artifacts/clip. Writes artifacts/checkpoints/VARIANT/.
     """
     recipe = packed_variant(variant)
     with open_stage(__file__, READS, params, variant=variant) as stage:
@@ -42,7 +44,11 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
         if artifacts.checkpoint(variant).exists():
             shutil.rmtree(artifacts.checkpoint(variant))
         write_checkpoint(
-            source, artifacts.checkpoint(variant), {p.described.subfolder: (p.settings(), p.blocks()) for p in packers}
+            source,
+            artifacts.checkpoint(variant),
+            {p.described.subfolder: (p.settings(), p.blocks()) for p in packers},
+            dtype=torch_dtype(stage["compute"].dtype),
+            flow_shift=stage["sampling"].flow_shift,
         )
 
 

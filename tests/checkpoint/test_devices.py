@@ -17,7 +17,13 @@ NO_TEXT = {"text_encoder": None, "tokenizer": None}
 def checkpoint(source, tools, tmp_path_factory):
     out = tmp_path_factory.mktemp("devices") / "out"
     settings = {name: tools.settings(name, "nvfp4", "mxfp4", rank=8) for name in tools.edges}
-    write_checkpoint(source, out, {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()})
+    write_checkpoint(
+        source,
+        out,
+        {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()},
+        dtype=torch.float32,
+        flow_shift=5.0,
+    )
     return out
 
 

@@ -45,7 +45,8 @@ PARAMS = {
     "compute.workers": (2, {"report"}),
     "compute.address": ("head:6379", {"report"}),
     "compute.gpus_per_unit": (0.5, {"report"}),
-    "sampling.steps": (5, ALL - {"model", "pack@rtn"}),
+    "sampling.steps": (5, ALL - {"model"}),
+    "sampling.flow_shift": (3.0, ALL - {"model"}),
     "trajectories.validation_prompts": (
         2,
         {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,

@@ -5,6 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
 from stepquant.models.families import find_family
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
@@ -163,7 +165,7 @@ def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
 
     Args:
         folder: the local folder of the model.
-        compute: device, dtype and offload.
+        compute: device, dtype and offload. The VAE is float32 in any case: 16 bits are visible in a video.
         scratch: an empty folder, as in `load_mapped`. It may be deleted afterwards.
 
     Raises:
@@ -178,5 +180,6 @@ def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
             copy = scratch / expert.subfolder
             copy.mkdir()
             experts[expert.subfolder] = load_mapped(family.denoiser.load(), place, open_weights(place), dtype, copy)
-    pipe = family.load().from_pretrained(folder, dtype=dtype, local_files_only=True, **experts)
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **experts)
     return place_pipeline(pipe, compute.device, compute.offload)

@@ -41,6 +41,8 @@ class DenoiserClass:
             conditions.
         timestep: argument of forward with t, [B] or [B, tokens].
         sites: the sites of a block by the denoiser's config, in the order in which they are reached.
+        float32: names of the modules and parameters that diffusers keeps in float32 for every dtype
+            (`_keep_in_fp32_modules` of the class).
     """
 
     name: str
@@ -48,6 +50,11 @@ class DenoiserClass:
     latents: str
     timestep: str
     sites: Callable[[Config], tuple[Site, ...]]
+    float32: tuple[str, ...]
+
+    def keeps_float32(self, key: str) -> bool:
+        """Whether diffusers keeps the tensor of this key in float32."""
+        return any(name in key.split(".") for name in self.float32)
 
     def load(self) -> Any:
         """The class itself. Importing diffusers takes seconds, so nothing else here does it."""

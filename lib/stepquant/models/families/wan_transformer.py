@@ -36,6 +36,7 @@ WAN_TRANSFORMER = DenoiserClass(
     latents="hidden_states",
     timestep="timestep",
     sites=_sites,
+    float32=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
 
 
