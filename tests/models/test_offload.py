@@ -11,6 +11,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stepquant.models.families.wan_transformer import WAN_TRANSFORMER
 from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.source import load_source_pipeline
 from stepquant.models.weights import open_weights
@@ -112,7 +113,7 @@ def test_mapped_weights_are_those_that_diffusers_loads(tmp_path, stored):
     weights = {key: tensor.to(stored) for key, tensor in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS)
     scratch.mkdir()
-    found = load_mapped(WanTransformer3DModel, folder, open_weights(folder), torch.bfloat16, scratch)
+    found = load_mapped(WAN_TRANSFORMER, folder, open_weights(folder), torch.bfloat16, scratch)
     copied = any(scratch.iterdir())
     shutil.rmtree(scratch)
     expected = load_expert(folder, torch.bfloat16)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from stepquant.models.families.description import DenoiserClass
 from stepquant.models.weights import Weights
 
 STEM = "diffusion_pytorch_model"
@@ -61,7 +62,7 @@ def place_pipeline(pipe: Any, device: str, offload: str) -> Any:
     return pipe
 
 
-def load_mapped(denoiser: Any, folder: Path, weights: Weights, dtype: torch.dtype, scratch: Path) -> Any:
+def load_mapped(denoiser: DenoiserClass, folder: Path, weights: Weights, dtype: torch.dtype, scratch: Path) -> Any:
     """Load an expert whose weights stay on disk: memory is used only for the pages that are being read.
 
     Args:
@@ -73,21 +74,22 @@ def load_mapped(denoiser: Any, folder: Path, weights: Weights, dtype: torch.dtyp
             content until the process ends.
 
     Returns:
-        The expert, as `denoiser.from_pretrained(folder, dtype=dtype)` gives it.
+        The expert, as `from_pretrained(folder, dtype=dtype)` of its class gives it.
     """
-    if any(weights.dtype(key) != dtype for key in weights if not _stays(denoiser, key)):
+    if any(weights.dtype(key) != dtype for key in weights if not denoiser.keeps_float32(key)):
         _convert(denoiser, weights, dtype, scratch)
         shutil.copyfile(folder / "config.json", scratch / "config.json")
         folder = scratch
-    return denoiser.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return denoiser.load().from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
-def _convert(denoiser: Any, weights: Weights, dtype: torch.dtype, out: Path) -> None:
+def _convert(denoiser: DenoiserClass, weights: Weights, dtype: torch.dtype, out: Path) -> None:
     """Write the weights as diffusers would load them, in one file per block and one for the rest."""
     places: dict[str, str] = {}
     for number, keys in enumerate(_by_block(weights)):
         name = f"{STEM}-{number:05d}.safetensors"
-        tensors = {key: weights.get(key) if _stays(denoiser, key) else weights.get(key).to(dtype) for key in keys}
+        stored = {key: weights.get(key) for key in keys}
+        tensors = {key: value if denoiser.keeps_float32(key) else value.to(dtype) for key, value in stored.items()}
         save_file(tensors, out / name, metadata={"format": "pt"})
         places |= dict.fromkeys(keys, name)
     index = {"metadata": {}, "weight_map": places}
@@ -103,8 +105,3 @@ def _by_block(weights: Weights) -> Iterator[list[str]]:
 
     for _, keys in groupby(sorted(weights, key=lambda key: (block(key), key)), key=block):
         yield list(keys)
-
-
-def _stays(denoiser: Any, key: str) -> bool:
-    """Whether diffusers keeps a tensor in float32; the rule is that of its `load_model_dict_into_meta`."""
-    return bool(set(denoiser._keep_in_fp32_modules or ()) & set(key.split(".")))

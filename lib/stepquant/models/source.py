@@ -179,7 +179,7 @@ def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
             place = folder / expert.subfolder
             copy = scratch / expert.subfolder
             copy.mkdir()
-            experts[expert.subfolder] = load_mapped(family.denoiser.load(), place, open_weights(place), dtype, copy)
+            experts[expert.subfolder] = load_mapped(family.denoiser, place, open_weights(place), dtype, copy)
     dtypes = {"default": dtype, "vae": torch.float32}
     pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **experts)
     return place_pipeline(pipe, compute.device, compute.offload)
