@@ -57,14 +57,17 @@ def profile(
 @command
 def show(
     folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.")] = Path("artifacts/metrics"),
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Show this variant only; can be repeated. Without it, all that were made.")
+    ] = None,
 ) -> None:
-    """Print the summary table over all variants, and where the report is."""
+    """Print the summary table over the variants, and where the report is."""
     from rich.console import Console
 
     from stepquant.evaluate.metrics_file import read_records
     from stepquant.report.tables import brief_table, rich_table
 
-    Console().print(rich_table(brief_table(read_records(folder))))
+    Console().print(rich_table(brief_table(read_records(folder, variant))))
     print(f"full report: {folder.parent / 'report' / 'index.html'}")
 
 

@@ -199,8 +199,23 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path}: {field}: {first['msg']}; not a metrics file that stage evaluate writes") from error
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Every metrics file of a folder, in the order of the variants, others last. Raises UserError if there is none."""
+def read_records(folder: Path, variants: Sequence[str] | None = None) -> list[Record]:
+    """The metrics files of a folder.
+
+    Args:
+        folder: Where stage evaluate writes.
+        variants: Names of variants, each of which must be there; None for every file.
+
+    Returns:
+        The records in the order of the variants, others last.
+
+    Raises:
+        UserError: There is no file, or one of the wanted ones is missing or damaged.
+    """
+    if variants:
+        if unknown := [name for name in variants if name not in ORDER]:
+            raise UserError(f"--variant {unknown[0]}; allowed: {', '.join(ORDER)}")
+        return [read_record(folder / f"{name}.json") for name in ORDER if name in variants]
     paths = sorted(
         folder.glob("*.json"),
         key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from stepquant.models.families.description import DenoiserClass
 from stepquant.models.weights import Weights
 
+OFFLOADS = ("none", "model", "group", "disk")  # from the fastest to the one that needs the least memory
 STEM = "diffusion_pytorch_model"
 
 
