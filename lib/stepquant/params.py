@@ -69,6 +69,8 @@ SECTIONS: dict[str, Any] = {
     "evaluate": Evaluate,
     "report": Report,
 }
+# Folder of the manifest that a section names: a dependency of the stages that read it.
+WATCHED = {"trajectories": "data/calibration", "generate": "data/evaluation"}
 OVERRIDABLE = ("smooth", "center", "rotate", "lowrank", "gptq", "clip")
 
 
@@ -144,8 +146,18 @@ def check(path: Path) -> None:
         raise UserError(f"{path}: bins has {sorted(binned)}; allowed: exactly the experts, {sorted(experts)}")
     for name in SECTIONS:
         section(path, name)
+        _check_watched(path, name)
         for expert in experts if name in OVERRIDABLE else ():
             section(path, name, expert)
+
+
+def _check_watched(path: Path, name: str) -> None:
+    """Refuse a manifest of prompts whose changes DVC would not notice: dvc.yaml names a folder for each."""
+    if name in WATCHED and not section(path, name).manifest.startswith(f"{WATCHED[name]}/"):
+        found = section(path, name).manifest
+        raise UserError(
+            f"{path}: {name}.manifest: found {found!r}; allowed: a file in {WATCHED[name]}/, which DVC watches"
+        )
 
 
 def _take(raw: dict[str, Any], path: Path, dotted: str) -> dict[str, Any]:

@@ -42,12 +42,10 @@ def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
     """
     if profile is None:
         return _print(params, names)
-    ready = profiles.read_profiles()
-    if profile not in ready:
-        raise UserError(f"no profile '{profile}'; allowed: {', '.join(sorted(ready))}")
+    chosen = profiles.choose(profiles.read_profiles(), profile)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{profile}.yaml"
-        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, ready[profile]))
+        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, chosen))
         _print(file, names)
 
 
