@@ -1,6 +1,8 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,15 @@ from typing import Any
 import torch
 
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
-from stepquant.models.families import find_family
+from stepquant.models.families import find_denoiser, find_family
+from stepquant.models.families.description import ExpertRange
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.offload import load_mapped, place_pipeline
-from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
-from stepquant.params import Compute
+from stepquant.params import Compute, Sampling
 from stepquant.storage.digests import file_digests
 from stepquant.torch_setup import torch_dtype
 
-# Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
-EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
-DENSE_EXPERT = {"denoiser": "transformer"}
 # The keys of an expert's config.json that determine the size of its inputs.
 INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
 # The Wan VAE's pixels per latent, and frames per latent frame after the first; config.json of the VAE overrides them.
@@ -80,25 +79,45 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
         MissingFile: if a component or its weights are missing.
         DamagedFile: if a config or weight file is truncated or broken.
         UnsupportedCheckpoint: if a component has pickled weights only.
+        InvalidInput: if the pipeline or a denoiser is of another class, or configured as the class cannot run it.
     """
     index = _read_json(folder / "model_index.json", "_class_name")
+    with _located(folder):
+        family = find_family(index["_class_name"])
+        ranges = family.experts(index)
     _check_components(folder)
     steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
-    boundary = index.get("boundary_ratio")
-    folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
-    edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
-    ranges = list(zip(edges, edges[1:]))[::-1]
+    configs = [_denoiser_config(folder / found.subfolder) for found in ranges]
+    with _located(folder):
+        family.check(index, configs)
     return ModelManifest(
         source=source,
         revision=revision,
         pipeline=index["_class_name"],
         num_train_timesteps=steps,
         compression=_compression(folder / "vae" / "config.json"),
-        experts={
-            name: _describe_expert(folder / subfolder, subfolder, low, high)
-            for (name, subfolder), (low, high) in zip(folders.items(), ranges)
-        },
+        images=family.images(index, configs[0]),
+        experts={found.name: _describe_expert(folder, found, config, steps) for found, config in zip(ranges, configs)},
     )
+
+
+@contextmanager
+def _located(folder: Path) -> Iterator[None]:
+    """Puts the folder in front of a family's refusal, which begins with the name of a file in it."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"{folder}/{error}") from None
+
+
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    """An expert's config.json. Raises InvalidInput if it is not that of a denoiser class that is known."""
+    config = _read_json(folder / "config.json", *INPUT_KEYS)
+    with _located(folder):
+        count_key = find_denoiser(config.get("_class_name")).stack.count_key
+    if count_key not in config:
+        raise InvalidInput(f"{folder / 'config.json'}: no '{count_key}' in it; expected that of a diffusers pipeline")
+    return config
 
 
 def _compression(file: Path) -> Compression:
@@ -135,20 +154,21 @@ def _read_json(file: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> ExpertManifest:
-    weights = open_weights(folder)
-    config = _read_json(folder / "config.json", "num_layers", *INPUT_KEYS)
+def _describe_expert(folder: Path, found: ExpertRange, config: dict[str, Any], steps: int) -> ExpertManifest:
+    weights = open_weights(folder / found.subfolder)
+    denoiser = find_denoiser(config["_class_name"])
+    prefix = f"{denoiser.stack.attribute}.0"
     sites = {
         site.name: SiteManifest(
             depends_on_timestep=site.depends_on_timestep,
-            linears={path: _matrix(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears},
+            linears={path: _matrix(weights.shape(f"{prefix}.{path}.weight")) for path in site.linears},
         )
-        for site in WAN_SITES
+        for site in denoiser.sites(config)
     }
     return ExpertManifest(
-        subfolder=subfolder,
-        t_range=(low, high),
-        blocks=config["num_layers"],
+        subfolder=found.subfolder,
+        t_range=(found.low * steps, found.high * steps),
+        blocks=config[denoiser.stack.count_key],
         sites=sites,
         inputs=DenoiserInputs.model_validate({key: config[key] for key in INPUT_KEYS}),
         bf16_bytes=sum(2 * prod(weights.shape(key)) for key in weights),
@@ -158,6 +178,18 @@ def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> E
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     rows, columns = shape
     return rows, columns
+
+
+def check_sampling(manifest: ModelManifest, sampling: Sampling) -> None:
+    """Refuse sampling parameters that the model cannot follow, by the configs of its experts.
+
+    Raises:
+        InvalidInput: names the parameter.
+    """
+    folder = resolve_source(manifest.source, manifest.revision)
+    family = find_family(manifest.pipeline)
+    for described in manifest.experts.values():
+        family.check_sampling(sampling, _denoiser_config(folder / described.subfolder))
 
 
 def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:

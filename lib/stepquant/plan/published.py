@@ -79,13 +79,13 @@ def describe_published(source: str) -> SourceModel:
     denoiser = ["diffusers", "WanTransformer3DModel"]
     index = {"transformer": denoiser, "boundary_ratio": model.boundary}
     index |= {"transformer_2": denoiser} if model.boundary else {}
-    steps = SCHEDULER["num_train_timesteps"]
+    steps, family = SCHEDULER["num_train_timesteps"], find_family(model.pipeline)
     expert = _expert(model.config, model.pipeline)
     experts = {
         found.name: expert.model_copy(
             update={"subfolder": found.subfolder, "t_range": (found.low * steps, found.high * steps)}
         )
-        for found in find_family(model.pipeline).experts(index)
+        for found in family.experts(index)
     }
     values = {"text_encoder": TEXT_ENCODER, "vae": VAE[model.spatial]}
     stored = {described.subfolder: 2 * described.bf16_bytes for described in experts.values()}
@@ -99,6 +99,7 @@ def describe_published(source: str) -> SourceModel:
             pipeline=model.pipeline,
             num_train_timesteps=steps,
             compression=Compression(scale_factor_spatial=model.spatial, scale_factor_temporal=4),
+            images=family.images(index | {"expand_timesteps": model.token_timesteps}, model.config),
             experts=experts,
         ),
         stored=stored,
