@@ -45,7 +45,7 @@ def profile(
     ready = profiles.read_profiles()
     if name not in ready:
         raise UserError(f"no profile '{name}'; allowed: {', '.join(sorted(ready))}")
-    current = params.read_text() if params.exists() else None
+    current = params.read_text(encoding="utf-8-sig") if params.exists() else None
     if current is not None and not force and current not in profiles.written_by_profiles(ready):
         raise UserError(f"{params} has your own changes; keep them, or overwrite them with --force")
     write_text(params, profiles.overlay(current, ready[name]))

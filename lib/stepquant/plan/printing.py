@@ -38,7 +38,9 @@ def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
         raise UserError(f"no profile '{profile}'; allowed: {', '.join(sorted(ready))}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{profile}.yaml"
-        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, ready[profile]))
+        file.write_text(
+            profiles.overlay(params.read_text(encoding="utf-8-sig") if params.exists() else None, ready[profile])
+        )
         _print(file, names)
 
 
