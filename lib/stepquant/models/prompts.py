@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput, MissingFile, UserError
+from stepquant.models.pictures import read_picture
 from stepquant.params import Generate, Trajectories
 
 _ID = re.compile(r"[A-Za-z0-9_]+")
@@ -44,9 +45,8 @@ class Prompt:
     seed: int
 
     def load_image(self) -> Image.Image:
-        """The first frame as an RGB image."""
-        with Image.open(self.image) as image:
-            return image.convert("RGB")
+        """The first frame as an RGB image, upright and opaque (models/pictures.py)."""
+        return read_picture(self.image)
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything that determines the sample: texts, seed and the image file's bytes."""
@@ -68,7 +68,7 @@ def read_manifest(path: Path) -> list[Prompt]:
     """
     try:
         # Not splitlines, which also splits at separators that JSON strings can contain.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
     except UnicodeDecodeError as error:
@@ -155,10 +155,9 @@ def _image(root: Path, relative: str, where: str) -> Path:
     if not path.is_relative_to(root.resolve()):
         raise UserError(f"{where}: image '{relative}' leaves the manifest's folder; allowed: paths inside {root}")
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"{where}: image '{relative}' does not exist in {root}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: image '{relative}' is no readable picture: {error}") from None
+        read_picture(path)
+    except MissingFile:
+        raise MissingFile(f"{where}: image '{relative}' does not exist in {root}") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: image '{relative}': {str(error).removeprefix(f'{path}: ')}") from None
     return path

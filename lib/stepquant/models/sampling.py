@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from stepquant.models.manifest import ModelManifest
+from stepquant.models.pictures import fit_picture
 from stepquant.models.source import load_source_pipeline, resolve_source
 from stepquant.params import Compute, Sampling
 from stepquant.torch_setup import torch_dtype
@@ -55,7 +56,7 @@ def sample(
         sampling: size, steps and guidance scales.
         prompt: what the video should show.
         negative_prompt: what it should not show.
-        image: the first frame, of any size.
+        image: the first frame, of any size; its middle is used (`fit_picture`).
         seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
         output_type: as in diffusers.
 
@@ -64,7 +65,7 @@ def sample(
     """
     dual = {} if pipe.config.boundary_ratio is None else {"guidance_scale_2": sampling.guidance_scale_2}
     result: torch.Tensor = pipe(
-        image=image,
+        image=fit_picture(image, sampling.height, sampling.width),
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=sampling.height,
