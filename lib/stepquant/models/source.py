@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
+from stepquant.models.hub import commit_of, is_hub_id, snapshot
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
-from stepquant.storage.digests import file_digests
+from stepquant.storage.digests import file_digest, file_digests
 
 # Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
@@ -23,7 +24,7 @@ COMPRESSION = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The local folder of a source model. A hub id is downloaded; this is the only network access of stepquant.
+    """The local folder of a source model. A hub id is downloaded unless its commit is here already (models/hub.py).
 
     Args:
         source: a diffusers folder, or a hub id such as owner/name.
@@ -35,29 +36,24 @@ def resolve_source(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return folder
-    if folder.exists() or source.count("/") != 1:
+    if not is_hub_id(source):
         raise MissingFile(
             f"model.source: {source} has no model_index.json; "
             "expected a diffusers folder, or a hub id such as owner/name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingFile(
-            f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}"
-        ) from None
+    return snapshot(source, revision)
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
     """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
 
-    Loads no weights. Arguments and errors are those of `describe_experts`.
+    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts`.
     """
-    described = describe_experts(folder, source, revision)
-    files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
+    described = describe_experts(folder, source, commit_of(folder, revision))
+    index = _read_json(folder / "model_index.json")
+    files = {"model_index.json": file_digest(folder / "model_index.json")}
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+        files |= {f"{name}/{path}": digest for path, digest in file_digests(folder / name).items()}
     return described.model_copy(update={"files": files})
 
 
