@@ -239,3 +239,9 @@ def test_a_file_that_holds_no_sections(tmp_path, content, what):
 def test_a_file_that_is_not_there(tmp_path):
     assert refusal(tmp_path / "absent.yaml") == "no such file; `stepquant profile demo` writes one"
     assert refusal(tmp_path) == "no such file; `stepquant profile demo` writes one"
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    params.check(path)

@@ -46,7 +46,7 @@ def profile(
             print(f"{known:22} {description}")
         return
     chosen = profiles.choose(ready, name)
-    current = params.read_text() if params.exists() else None
+    current = params.read_text(encoding="utf-8-sig") if params.exists() else None
     if current is not None and not force and current not in profiles.written_by_profiles(ready):
         raise UserError(f"{params} has your own changes; keep them, or overwrite them with --force")
     write_text(params, profiles.overlay(current, chosen))

@@ -7,10 +7,9 @@ expert.
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stepquant.errors import UserError
+from stepquant.errors import MissingFile, UserError
 from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth
 from stepquant.param_sections import (
     Bins,
@@ -24,6 +23,7 @@ from stepquant.param_sections import (
     Storage,
     Trajectories,
 )
+from stepquant.storage.yaml_files import read_yaml
 
 __all__ = [
     "OVERRIDABLE",
@@ -94,14 +94,12 @@ def read_params(path: Path) -> dict[str, Any]:
     """The whole file as plain data.
 
     Raises:
-        UserError: The file is missing, is not YAML, or has a section that does not exist.
+        UserError: The file is missing, is not YAML, has a key twice, or has a section that does not exist.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; `stepquant profile demo` writes one") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(path)
+    except MissingFile:
+        raise MissingFile(f"{path}: no such file; `stepquant profile demo` writes one") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found {type(raw).__name__}; expected sections such as {', '.join(SECTIONS)}")
     unknown = sorted(set(raw) - set(SECTIONS) - {"experts"})
@@ -132,6 +130,12 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
         if overrides:
             values, prefix = values | overrides, f"experts.{expert}.{name} over {name}"
     return _validate(SECTIONS[name], values, path, prefix)
+
+
+def expert_names(path: Path) -> list[str] | None:
+    """The experts for which dvc.yaml runs stages; None if the file has no such section."""
+    experts = read_params(path).get("experts")
+    return list(experts) if isinstance(experts, dict) else None
 
 
 def check(path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_missing_image(manifest):
 def test_a_file_that_is_not_an_image(manifest):
     path = manifest(ROW)
     (path.parent / "images/a.png").write_text("no picture")
-    assert refusal(path).startswith(":1: image 'images/a.png' is no readable picture: ")
+    assert refusal(path).startswith(":1: image 'images/a.png': no readable picture: ")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -200,11 +200,11 @@ def test_a_truncated_image(manifest, suffix):
     file = path.parent / f"images/cut.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:-500])
-    assert refusal(path).startswith(f":1: image 'images/cut.{suffix}' is no readable picture: ")
+    assert refusal(path).startswith(f":1: image 'images/cut.{suffix}': no readable picture: ")
 
 
 def test_a_folder_is_not_an_image(manifest):
-    assert refusal(manifest(ROW | {"image": "images"})).startswith(":1: image 'images' is no readable picture: ")
+    assert refusal(manifest(ROW | {"image": "images"})).startswith(":1: image 'images': no readable picture: ")
 
 
 def test_take_gives_the_first_of_a_split(manifest):
@@ -221,3 +221,9 @@ def test_take_gives_the_first_of_a_split(manifest):
 def test_evaluation_prompts_are_those_of_the_evaluation_split(manifest):
     path = manifest(ROW, ROW | {"id": "e", "split": "evaluation"}, ROW | {"id": "f", "split": "evaluation"})
     assert [p.id for p in evaluation_prompts(Generate(manifest=str(path), prompts=1, fps=8))] == ["e"]
+
+
+def test_a_manifest_with_a_byte_order_mark(manifest):
+    path = manifest(ROW)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [p.id for p in read_manifest(path)] == ["a_1"]

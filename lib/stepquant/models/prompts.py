@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from stepquant.errors import InvalidInput, UserError
+from stepquant.errors import InvalidInput, MissingFile, UserError
 from stepquant.models.families.description import PromptImages
+from stepquant.models.pictures import read_picture
 from stepquant.params import Generate, Trajectories
 
 _ID = re.compile(r"[A-Za-z0-9_]+")
@@ -48,9 +49,8 @@ class Prompt:
     seed: int
 
     def load_image(self, column: str = "image") -> Image.Image:
-        """One image as an RGB image; the first frame if no other column is named."""
-        with Image.open(self.images[column]) as image:
-            return image.convert("RGB")
+        """One image as RGB, upright and opaque (models/pictures.py); the first frame if no other column is named."""
+        return read_picture(self.images[column])
 
     def load_images(self) -> dict[str, Image.Image]:
         """All images as RGB images, by column."""
@@ -77,7 +77,7 @@ def read_manifest(path: Path) -> list[Prompt]:
     """
     try:
         # Not splitlines, which also splits at separators that JSON strings can contain.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
     except UnicodeDecodeError as error:
@@ -189,10 +189,9 @@ def _image(root: Path, relative: str, where: str) -> Path:
     if not path.is_relative_to(root.resolve()):
         raise UserError(f"{where}: image '{relative}' leaves the manifest's folder; allowed: paths inside {root}")
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"{where}: image '{relative}' does not exist in {root}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: image '{relative}' is no readable picture: {error}") from None
+        read_picture(path)
+    except MissingFile:
+        raise MissingFile(f"{where}: image '{relative}' does not exist in {root}") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: image '{relative}': {str(error).removeprefix(f'{path}: ')}") from None
     return path

@@ -72,7 +72,8 @@ def sample(
         sampling: size, steps and guidance scales.
         prompt: what the video should show.
         negative_prompt: what it should not show.
-        images: of any size, by their names in the pipeline's call; none for text-to-video.
+        images: of any size, by their names in the pipeline's call; none for text-to-video. Their middle is used
+            (`fit_picture`).
         seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
         output_type: as in diffusers.
 
@@ -84,7 +85,7 @@ def sample(
         negative_prompt=negative_prompt,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type=output_type,
-        **images,
+        **{name: fit_picture(image, sampling.height, sampling.width) for name, image in images.items()},
         **find_family(type(pipe).__name__).call(sampling, pipe.config),
     ).frames[0]
     return result

@@ -12,11 +12,12 @@ import torch
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
 from stepquant.models.families import find_denoiser, find_family
 from stepquant.models.families.description import ExpertRange
+from stepquant.models.hub import commit_of, is_hub_id, snapshot
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.weights import open_weights
 from stepquant.params import Compute, Sampling
-from stepquant.storage.digests import file_digests
+from stepquant.storage.digests import file_digest, file_digests
 from stepquant.torch_setup import torch_dtype
 
 # The keys of an expert's config.json that determine the size of its inputs.
@@ -26,7 +27,7 @@ COMPRESSION = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The local folder of a source model. A hub id is downloaded; this is the only network access of stepquant.
+    """The local folder of a source model. A hub id is downloaded unless its commit is here already (models/hub.py).
 
     Args:
         source: a diffusers folder, or a hub id such as owner/name.
@@ -38,29 +39,24 @@ def resolve_source(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return folder
-    if folder.exists() or source.count("/") != 1:
+    if not is_hub_id(source):
         raise MissingFile(
             f"model.source: {source} has no model_index.json; "
             "expected a diffusers folder, or a hub id such as owner/name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingFile(
-            f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}"
-        ) from None
+    return snapshot(source, revision)
 
 
 def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
     """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
 
-    Loads no weights. Arguments and errors are those of `describe_experts`.
+    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts`.
     """
-    described = describe_experts(folder, source, revision)
-    files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
+    described = describe_experts(folder, source, commit_of(folder, revision))
+    index = _read_json(folder / "model_index.json")
+    files = {"model_index.json": file_digest(folder / "model_index.json")}
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+        files |= {f"{name}/{path}": digest for path, digest in file_digests(folder / name).items()}
     return described.model_copy(update={"files": files})
 
 

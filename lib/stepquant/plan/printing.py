@@ -45,7 +45,8 @@ def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
     chosen = profiles.choose(profiles.read_profiles(), profile)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{profile}.yaml"
-        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, chosen))
+        current = params.read_text(encoding="utf-8-sig") if params.exists() else None
+        file.write_text(profiles.overlay(current, chosen))
         _print(file, names)
 
 
