@@ -12,6 +12,7 @@ from PIL import Image
 
 from stepquant.models.families import find_family
 from stepquant.models.manifest import ModelManifest
+from stepquant.models.pictures import fit_picture
 from stepquant.models.source import load_source_pipeline, resolve_source
 from stepquant.params import Compute, Sampling
 
