@@ -4,10 +4,13 @@ Two claims are checked after a finished `dvc repro`:
 
 1. Same machine, same bytes: run again without finished units, run-cache or artifacts, every stage gives the hashes in
    dvc.lock of this checkout.
-2. Other machine, same numbers: metrics.json agrees with the committed reference within its tolerances.
+2. Other machine, same numbers: metrics.json agrees with the reference runs in data/reference/metrics.json, which are of
+   the same code on several processors or with several sets of CPU kernels. The noise of a measure (psnr, layer_error)
+   is the largest spread of one of its numbers over these runs. A number agrees if it is outside of the range of the
+   runs by no more than NOISES times the noise of its measure.
 
-Exit code 0 if both hold, 1 if one does not, 2 if this checkout has not been run yet. `--accept` makes this checkout's
-metrics.json the new reference.
+Exit code 0 if both hold, 1 if one does not, 2 if this checkout has not been run yet. `--accept NAME` makes this
+checkout's metrics.json a reference run of that name. Remove the runs of earlier code from the file by hand.
 """
 
 import argparse
@@ -25,17 +28,20 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path("data/reference/metrics.json")
+# How far outside of the reference runs a number may be, in units of the largest spread of its measure over these runs.
+NOISES = 2.0
+# Measures whose spread is relative to the number, because errors of layers differ by a factor of ten between variants.
+RELATIVE = ("layer_error",)
 # The inputs of the pipeline; it makes everything else.
 SOURCES = ("dvc.yaml", "params.yaml", "stages", "lib", "data/models", "data/calibration", "data/evaluation")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--accept", action="store_true", help="make this checkout's metrics.json the reference, and stop"
-    )
-    if parser.parse_args().accept:
-        accept(ROOT)
+    parser.add_argument("--accept", metavar="NAME", help="make metrics.json the reference run of this name, and stop")
+    name = parser.parse_args().accept
+    if name is not None:
+        accept(ROOT, name)
         return 0
     environment = pipeline_environment(ROOT)
     if not (ROOT / "dvc.lock").is_file() or run_dvc(ROOT, environment, "status", "--quiet", "dvc.yaml").returncode:
@@ -100,44 +106,66 @@ def hash_differences(first: dict[str, str], second: dict[str, str]) -> Iterator[
 
 
 def reference_differences(root: Path) -> list[str]:
-    """The values of metrics.json that are outside the tolerances of the reference."""
+    """The numbers of metrics.json that are too far from those of the reference runs."""
     reference = json.loads((root / REFERENCE).read_text())
-    metrics = json.loads((root / "metrics.json").read_text())
-    return list(metric_differences(reference["metrics"], metrics, reference["tolerance"]))
+    return metric_differences(list(reference["runs"].values()), json.loads((root / "metrics.json").read_text()))
 
 
-def metric_differences(expected: Any, found: Any, tolerance: dict[str, Any], key: str = "") -> Iterator[str]:
-    """Compare nested numbers.
+def metric_differences(runs: list[dict[str, Any]], metrics: dict[str, Any]) -> list[str]:
+    """Compare nested numbers with those of reference runs.
 
     Args:
-        expected: Numbers of the reference, in nested dicts.
-        found: Numbers of this checkout.
-        tolerance: key -> {"absolute": x} or {"relative": x}, such as {"psnr": {"absolute": 0.5}}. It applies to
-            everything below the key.
-        key: Where these numbers are, for the messages.
+        runs: Variant -> measure -> number, null, or numbers by expert, of each reference run; at least one.
+        metrics: The same of this checkout.
 
-    Yields:
-        A line per difference.
+    Returns:
+        A line per difference: a number too far from all runs, or a key that is not in all of them.
     """
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for name in sorted(expected.keys() | found.keys()):
-            below = tolerance.get(name, tolerance)
-            yield from metric_differences(expected.get(name), found.get(name), below, f"{key}.{name}".lstrip("."))
-    elif not _agree(expected, found, tolerance):
-        yield f"metrics.json {key}: {found}, the reference has {expected} (tolerance {tolerance})"
+    expected = [numbers(run) for run in runs]
+    found = numbers(metrics)
+    noise = spreads(expected)
+    lines = []
+    for key in sorted({key for run in (*expected, found) for key in run}):
+        values, measure = [run.get(key, "absent") for run in (*expected, found)], key.split(".")[1]
+        if not all(isinstance(value, float) for value in values):
+            if len(set(values)) > 1:
+                lines.append(f"metrics.json {key}: {values[-1]}, the reference runs have {values[:-1]}")
+            continue
+        low, high, value = min(values[:-1]), max(values[:-1]), values[-1]
+        allowed = NOISES * noise[measure] * (abs(low) if measure in RELATIVE else 1.0)
+        if not low - allowed <= value <= high + allowed:
+            lines.append(f"metrics.json {key}: {value}, the reference runs have {low} to {high} (+- {allowed:.2g})")
+    return lines
 
 
-def _agree(expected: float | None, found: float | None, tolerance: dict[str, float]) -> bool:
-    if expected is None or found is None:
-        return expected is found
-    allowed = tolerance.get("absolute", 0.0) + tolerance.get("relative", 0.0) * abs(expected)
-    return abs(found - expected) <= allowed
+def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> number as float, or None, of nested dicts. An empty dict has no key."""
+    flat: dict[str, Any] = {}
+    for variant, measures in metrics.items():
+        for measure, value in measures.items():
+            by_expert = value if isinstance(value, dict) else {"": value}
+            for expert, number in by_expert.items():
+                key = f"{variant}.{measure}.{expert}".rstrip(".")
+                flat[key] = number if number is None else float(number)
+    return flat
 
 
-def accept(root: Path) -> None:
-    """Make the metrics of a checkout the reference; reasons and tolerances stay."""
+def spreads(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest difference between two runs, per measure; relative for the measures in RELATIVE."""
+    largest: dict[str, float] = {}
+    for key in runs[0]:
+        values, measure = [run.get(key) for run in runs], key.split(".")[1]
+        present = [value for value in values if value is not None]
+        if present:
+            spread = (max(present) - min(present)) / (abs(min(present)) if measure in RELATIVE else 1.0)
+            largest[measure] = max(largest.get(measure, 0.0), spread)
+    return largest
+
+
+def accept(root: Path, name: str) -> None:
+    """Make the metrics of a checkout a reference run; the text and the other runs stay."""
     reference = json.loads((root / REFERENCE).read_text())
-    reference["metrics"] = json.loads((root / "metrics.json").read_text())
+    reference["runs"][name] = json.loads((root / "metrics.json").read_text())
     (root / REFERENCE).write_text(json.dumps(reference, indent=2) + "\n")
 
 

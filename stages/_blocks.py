@@ -27,6 +27,7 @@ from stepquant.params import Compute, Format
 from stepquant.quantize.rotate import check_rotation
 from stepquant.recipe.site_files import FACTORS, RECORD, SiteRecord, block_tensors
 from stepquant.storage.json_files import read_json, to_json
+from stepquant.storage.read_ahead import read_ahead
 
 SiteWork = Callable[[StoredBlock, Site], tuple[SiteRecord, dict[str, Any]]]
 
@@ -42,6 +43,8 @@ class BlockWork:
         compute: Device and dtype.
         sources: Name -> artifact that the work reads.
         work: What is done for one site.
+        following: Index of the block that this worker is likely to get next; None if there is none. Its files are read
+            ahead.
     """
 
     index: int
@@ -50,10 +53,14 @@ class BlockWork:
     compute: Compute
     sources: dict[str, Path]
     work: SiteWork
+    following: int | None
 
     def __call__(self, folder: Path) -> None:
-        block = StoredBlock(self.index, open_expert(self.manifest, self.expert, self.compute), self.sources)
-        results = {site.name: self.work(block, site) for site in self.manifest.expert(self.expert).ordered_sites}
+        model = open_expert(self.manifest, self.expert, self.compute)
+        block, sites = StoredBlock(self.index, model, self.sources), self.manifest.expert(self.expert).ordered_sites
+        if self.following is not None:
+            read_ahead(StoredBlock(self.following, model, self.sources).file_ranges(sites))
+        results = {site.name: self.work(block, site) for site in sites}
         save_file(block_tensors({name: stored for name, (stored, _) in results.items()}), folder / FACTORS)
         (folder / RECORD).write_text(to_json({name: record for name, (_, record) in results.items()}))
 
@@ -75,15 +82,16 @@ def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, w
     """
     manifest = read_manifest(artifacts.MODEL)
     digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
-    tasks = {}
-    for index in range(manifest.expert(expert).blocks):
+    tasks, blocks, workers = {}, manifest.expert(expert).blocks, stage["compute"].workers
+    for index in range(blocks):
+        following = index + workers if index + workers < blocks else None
         name = block_name(index)
         key = stage.key(
             block=index,
             model=manifest.expert_digest(expert),
             **{source: found[name] for source, found in digests.items()},
         )
-        tasks[name] = Task(key, BlockWork(index, expert, manifest, stage["compute"], sources, work))
+        tasks[name] = Task(key, BlockWork(index, expert, manifest, stage["compute"], sources, work, following))
     with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
         units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
     gather(

@@ -44,7 +44,10 @@ def test_reads_what_was_saved(tmp_path, tensors, stem, sharded):
     for key, tensor in tensors.items():
         assert weights.shape(key) == tuple(tensor.shape)
         assert weights.dtype(key) == tensor.dtype
-        assert weights.info(key).nbytes == tensor.numel() * tensor.element_size()
+        info = weights.info(key)
+        assert info.nbytes == tensor.numel() * tensor.element_size()
+        stored = info.file.read_bytes()[info.start : info.start + info.nbytes]
+        assert stored == tensor.view(torch.uint8).numpy().tobytes()
         assert torch.equal(weights.get(key).view(torch.uint8), tensor.view(torch.uint8))
 
 

@@ -1,5 +1,6 @@
 """One block's weights, statistics and factors, from the source model and the artifacts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from stepquant.models.sites import Site
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, TransformFactors
 from stepquant.recipe.site_statistics import SiteStatistics
+from stepquant.storage.read_ahead import FileRange
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class StoredBlock:
     index: int
     model: Denoiser
     folders: dict[str, Path]
+
+    def file_ranges(self, sites: Iterable[Site]) -> list[FileRange]:
+        """What the block's sites read from disk: parts of the weight files, and whole files of the artifacts."""
+        linears = (f"blocks.{self.index}.{linear}.weight" for site in sites for linear in site.linears)
+        weights = (self.model.weights.info(key) for key in linears)
+        folders = (folder / block_name(self.index) for folder in self.folders.values())
+        files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+        return [(info.file, info.start, info.nbytes) for info in weights] + [(file, 0, 0) for file in files]
 
     def weight(self, site: Site) -> torch.Tensor:
         """The stacked weight [N, K] of a site's linears, float32."""

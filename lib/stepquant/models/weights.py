@@ -40,11 +40,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """File, shape and dtype of a tensor, from the header of the file."""
+    """File, shape, dtype and first byte of a tensor, from the header of the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +151,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        described = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+        described = {
+            key: (entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for key, entry in header.items()
+        }
         needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DamagedFile(f"{file}: not a safetensors file: its header cannot be read ({error})") from error
@@ -158,13 +162,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise DamagedFile(
             f"{file}: truncated or damaged: {size} bytes, its header says {needed}; copy or download it again"
         )
-    return {key: _tensor_info(file, key, dtype, shape) for key, (dtype, shape) in described.items()}
+    return {key: _tensor_info(file, key, *entry) for key, entry in described.items()}
 
 
-def _tensor_info(file: Path, key: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+def _tensor_info(file: Path, key: str, dtype: str, shape: tuple[int, ...], start: int) -> TensorInfo:
     if dtype not in DTYPES:
         raise InvalidInput(f"{file}: tensor {key!r} has dtype {dtype}; allowed: {', '.join(DTYPES)}")
-    return TensorInfo(file, shape, DTYPES[dtype])
+    return TensorInfo(file, shape, DTYPES[dtype], start)
 
 
 def _read_sharded(index: Path) -> dict[str, TensorInfo]:
