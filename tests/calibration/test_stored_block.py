@@ -7,7 +7,6 @@ from stepquant.calibration.stored_block import StoredBlock
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.families.wan_transformer import WAN_TRANSFORMER
 
-
 SITES = WAN_TRANSFORMER.sites({})
 
 
