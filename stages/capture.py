@@ -17,6 +17,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._stage import Expert, ParamsFile, Place, Stage, open_stage
+from stepquant.calibration.caption_replay import CaptionShard
 from stepquant.calibration.replay import Shard, add_up_shards, cut_ranges, replayed_calls
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Trajectories
@@ -74,14 +75,17 @@ class Replay:
     def __init__(self, stage: Stage, manifest: ModelManifest, expert: str, bins: Bins, block_ranges: list[range]):
         trajectories, settings = Trajectories(artifacts.TRAJECTORIES), stage["capture"]
         self.stage, self.block_ranges = stage, block_ranges
-        self.sites = tuple(manifest.expert(expert).sites)
+        self.sites = manifest.expert(expert).ordered_sites
+        self.captions = trajectories.caption_count
         self.shards = cut_ranges(len(replayed_calls(trajectories, expert, bins, settings)), settings.calls_per_shard)
         self.inputs = {
             "model": manifest.expert_digest(expert),
             "trajectories": trajectories.digest(),
             "bins": bins.edges,
         }
-        self.work: Any = partial(Shard, expert, manifest, artifacts.TRAJECTORIES, stage["compute"], settings, bins)
+        common = (expert, manifest, artifacts.TRAJECTORIES, stage["compute"], settings, bins)
+        self.work: Any = partial(Shard, *common)
+        self.caption_work: Any = partial(CaptionShard, *common)
 
     def statistics(self, n: int, executor: Executor, progress: Meter) -> dict[int, Unit]:
         """The statistics of a block range.
@@ -100,17 +104,27 @@ class Replay:
             i: self.stage.key(("compute", "capture", "storage"), block=i, **self.inputs) for i in self.block_ranges[n]
         }
         if all(self.stage.units.find(key) for key in keys.values()):
-            folders: list[Path] = []
+            folders: dict[str, list[Path]] = {}
             progress.skip(len(self.shards))
         else:
-            folders = [unit.folder for unit in self._make_shards(n, executor, progress)]
+            folders = self._folders(n, executor, progress)
         url = self.stage["storage"].url
-        tasks = [Task(key, partial(add_up_shards, self.sites, folders, block_name(i), url)) for i, key in keys.items()]
+        tasks = [Task(key, partial(add_up_shards, folders, block_name(i), url)) for i, key in keys.items()]
         units = executor.map_units(self.stage.units, tasks, _Uncounted())
         for done in (n - 1, n) if n == len(self.block_ranges) - 1 else (n - 1,):
             for calls in self.shards if done >= 0 else ():
                 self.stage.units.drop(self._shard_key(done, calls))
+        self.stage.units.drop(self._captions_key(n))
         return dict(zip(keys, units))
+
+    def _folders(self, n: int, executor: Executor, progress: Meter) -> dict[str, list[Path]]:
+        """By site: the finished units of a block range that observed it, in the order of their calls."""
+        shards = [unit.folder for unit in self._make_shards(n, executor, progress)]
+        captions: list[Path] = []
+        if self.captions:
+            task = Task(self._captions_key(n), self.caption_work(self.block_ranges[n]))
+            captions = [unit.folder for unit in executor.map_units(self.stage.units, [task], _Uncounted())]
+        return {site.name: shards + captions * site.text_alone for site in self.sites}
 
     def _make_shards(self, n: int, executor: Executor, progress: Meter) -> list[Unit]:
         """The finished shards of one block range, in the order of their calls."""
@@ -130,6 +144,10 @@ class Replay:
             progress.extend(len(self.shards))
             return [unit.folder for unit in self._make_shards(n, executor, progress)]
         return [unit.folder for unit in found if unit is not None]
+
+    def _captions_key(self, n: int) -> str:
+        blocks = self.block_ranges[n]
+        return self.stage.key(("compute", "capture"), captions_of=[blocks.start, blocks.stop], **self.inputs)
 
     def _shard_key(self, n: int, calls: range) -> str:
         blocks = self.block_ranges[n]

@@ -6,10 +6,12 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, Stage, open_stage
-from stepquant.calibration.trajectories import record_prompt
+from stepquant.calibration.captions import record_captions
+from stepquant.calibration.trajectories import CAPTIONS, record_prompt
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.compute.units import gather
+from stepquant.models.captions import read_captions
 from stepquant.models.manifest import ModelManifest, read_manifest
 from stepquant.models.prompts import check_images, recorded_prompts
 from stepquant.models.sampling import source_pipeline
@@ -21,7 +23,7 @@ READS = ("compute", "sampling", "trajectories", "storage")
 
 @command
 def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
-    """Sample the calibration prompts with the source model and record every call of a denoiser.
+    """Sample the calibration prompts with the source model and record every call of a denoiser; encode the captions.
 
     Reads the params sections compute, sampling, trajectories and storage. Writes artifacts/trajectories.zarr.
     """
@@ -30,6 +32,8 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
         check_sampling(manifest, stage["sampling"])
+        text_prompts = stage["trajectories"].text_prompts
+        captions = [] if text_prompts is None else read_captions(Path(text_prompts))
         # Loaded on first use: not at all if every unit is finished.
         pipe = cache(lambda: load(stage, manifest))
         units = {}
@@ -38,6 +42,14 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
             units[prompt.id] = stage.units.make(
                 key,
                 lambda folder: record_prompt(pipe(), manifest, stage["sampling"], prompt, folder, stage["storage"].url),
+            )
+        if captions:
+            key = stage.key(("compute", "sampling", "storage"), model=manifest.files, captions=captions)
+            units[CAPTIONS] = stage.units.make(
+                key,
+                lambda folder: record_captions(
+                    pipe(), manifest, stage["sampling"], captions, folder, stage["storage"].url
+                ),
             )
         digests = {name: unit.digest for name, unit in units.items()}
         gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})

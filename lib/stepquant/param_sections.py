@@ -125,12 +125,15 @@ class Trajectories(Section):
         calibration_prompts: Prompts of this split; null takes all.
         validation_prompts: The same.
         heldout_prompts: The same.
+        text_prompts: Text file with one caption per line; null for none. They are encoded, not sampled, and calibrate
+            the sites that read the text tokens alone.
     """
 
     manifest: str
     calibration_prompts: Positive | None
     validation_prompts: Positive | None
     heldout_prompts: Positive | None
+    text_prompts: str | None
 
 
 class Storage(Section):

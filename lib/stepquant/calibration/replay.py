@@ -11,16 +11,18 @@ shards in their order gives a block's statistics. Every unit compares its output
     <unit>/<block>/<site>.safetensors               sums and samples (observer.py)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stepquant.calibration.captions import caption_calls
 from stepquant.calibration.hidden_states import HiddenStates, open_hidden_states
 from stepquant.calibration.merge import merge_shards
 from stepquant.calibration.observer import SiteObserver
@@ -93,10 +95,11 @@ class Shard:
             self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
         ]
         inputs, first = self._first_inputs(model, trajectories, calls, chunks)
+        captions = caption_calls(trajectories)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
         with open_hidden_states(first, self.compute.device) as hidden:
             for index in self.blocks:
-                observers = BlockObservers(self, index, calls, plans)
+                observers = BlockObservers(self, index, calls, captions, plans)
                 batches = _batches(chunks, inputs, hidden)
                 replayed = replay_block(model.block(index), described.ordered_sites, batches, observers.observe)
                 for n, (positions, output) in enumerate(replayed):
@@ -110,7 +113,7 @@ class Shard:
             elif check.samples:
                 for n, positions in enumerate(chunks):
                     batch = [calls[i] for i in positions]
-                    check.add_output(batch, _glue_of(model).output(trajectories.inputs(batch), hidden.get(n)))
+                    check.add_output(batch, glue_of(model).output(trajectories.inputs(batch), hidden.get(n)))
                 check.refuse_output()
 
     def _first_inputs(
@@ -125,7 +128,7 @@ class Shard:
         inputs: list[KeptInputs] = []
         hidden = []
         for positions in chunks:
-            found = _glue_of(model).inputs(trajectories.inputs([calls[i] for i in positions]))
+            found = glue_of(model).inputs(trajectories.inputs([calls[i] for i in positions]))
             if self.previous is None:
                 hidden.append(found.hidden_states.cpu())
             else:
@@ -142,18 +145,35 @@ def _batches(
         yield positions, found.with_hidden_states(hidden.get(n))
 
 
+class ObservedWork(Protocol):
+    """What the observers have to know of a unit of work; the attributes are those of `Shard`."""
+
+    @property
+    def expert(self) -> str: ...
+    @property
+    def manifest(self) -> ModelManifest: ...
+    @property
+    def capture(self) -> Capture: ...
+    @property
+    def bins(self) -> Bins: ...
+
+
 class BlockObservers:
-    """The statistics of one block's sites over one shard's calls.
+    """The statistics of one block's sites over the calls of one unit of work.
 
     Args:
-        shard: the unit of work.
+        work: the unit of work.
         block: index of the block.
-        calls: all calls of the expert.
+        calls: all replayed calls of the expert.
+        captions: the calls of all captions, which follow in the plans of the sites that read text alone.
         plans: sampling plans by site, shared by all blocks; missing ones are added.
     """
 
-    def __init__(self, shard: Shard, block: int, calls: list[Call], plans: dict[str, SamplingPlan]):
-        self.shard, self.block, self.calls, self.plans = shard, block, calls, plans
+    def __init__(
+        self, work: ObservedWork, block: int, calls: list[Call], captions: list[Call], plans: dict[str, SamplingPlan]
+    ):
+        self.work, self.block, self.plans = work, block, plans
+        self.recorded, self.calls = len(calls), calls + captions
         self.sites: dict[str, SiteObserver] = {}
 
     def observe(self, site: str, x: torch.Tensor, positions: range) -> None:
@@ -161,7 +181,7 @@ class BlockObservers:
         if site not in self.plans:
             self.plans[site] = self._plan(site, x.shape[1])
         if site not in self.sites:
-            where = f"{self.shard.expert} block {self.block} {site}"
+            where = f"{self.work.expert} block {self.block} {site}"
             self.sites[site] = SiteObserver(x.shape[-1], self.plans[site], x.device, where)
         self.sites[site].observe(x, [self.calls[i] for i in positions], positions)
 
@@ -172,17 +192,19 @@ class BlockObservers:
             save_file(observer.tensors(), folder / f"{site}.safetensors")
 
     def _plan(self, name: str, tokens: int) -> SamplingPlan:
-        site, settings = self.shard.manifest.expert(self.shard.expert).sites[name], self.shard.capture
+        site, settings = self.work.manifest.expert(self.work.expert).sites[name], self.work.capture
         samples = {
             "calibration": settings.search_tokens,
             "validation": settings.search_tokens,
             "heldout": settings.heldout_tokens,
         }
-        bins = self.shard.bins if site.depends_on_timestep else None
-        return plan_sampling(self.calls, bins, tokens, samples, settings.seed, stride=settings.hessian_stride)
+        bins = self.work.bins if site.depends_on_timestep else None
+        calls = self.calls if site.text_alone else self.calls[: self.recorded]
+        return plan_sampling(calls, bins, tokens, samples, settings.seed, stride=settings.hessian_stride)
 
 
-def _glue_of(model: Denoiser) -> Glue:
+def glue_of(model: Denoiser) -> Glue:
+    """The layers around the blocks of an expert, loaded once for all units of a process."""
     return load_glue(model.weights.folder.absolute(), model.device, model.dtype)
 
 
@@ -198,14 +220,13 @@ def hidden_states_file(positions: range) -> str:
     return f"hidden_states.{positions.start:06d}.safetensors"
 
 
-def add_up_shards(sites: Sequence[str], shards: list[Path], block: str, url: str | None, folder: Path) -> None:
+def add_up_shards(shards: Mapping[str, Sequence[Path]], block: str, url: str | None, folder: Path) -> None:
     """Merge the shards of one block and write its statistics, one Zarr group per site.
 
     One site's sums of one shard are in memory at a time, beside the merged ones.
 
     Args:
-        sites: names of the block's sites.
-        shards: folders of the units of all calls, in the order of the calls.
+        shards: folders of the units that observed a site, in the order of the calls, by name of the site.
         block: folder name of the block.
         url: the object store into which the groups are moved; None leaves them on disk.
         folder: where the groups are written.
@@ -213,8 +234,8 @@ def add_up_shards(sites: Sequence[str], shards: list[Path], block: str, url: str
     Raises:
         UserError: the object store refuses.
     """
-    for site in sites:
-        merge_shards(folder / site, (load_file(shard / block / f"{site}.safetensors") for shard in shards))
+    for site, units in shards.items():
+        merge_shards(folder / site, (load_file(unit / block / f"{site}.safetensors") for unit in units))
     if url is not None:
         object_store.move(folder, url)
 

@@ -22,7 +22,9 @@ from stepquant.models.prompts import Prompt
 from stepquant.models.sampling import sample
 from stepquant.params import Sampling
 from stepquant.storage import object_store
-from stepquant.storage.zarr_groups import open_group, read_tensor
+from stepquant.storage.zarr_groups import array_shape, open_group, read_tensor
+
+CAPTIONS = "text-captions"  # name of the captions' group (captions.py); the id of a prompt has no hyphen
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,26 @@ class Trajectories:
     def __init__(self, folder: Path):
         root = open_group(folder)
         self._digests: dict[str, str] = dict(root.attrs["prompts"])
-        self._groups = {name: open_group(folder / name) for name in self._digests}
+        names = [name for name in self._digests if name != CAPTIONS]
+        self._groups = {name: open_group(folder / name) for name in names}
+        self._captions = open_group(folder / CAPTIONS) if CAPTIONS in self._digests else None
         if any("per" not in group.attrs for group in self._groups.values()):
             raise UserError(f"{folder}: not the trajectories of this version; run stage trajectories again")
 
     def digest(self) -> dict[str, str]:
-        """Digest of the content by prompt id, as recorded by the stage that wrote it."""
+        """Digest of the content by prompt id, and of the captions, as recorded by the stage that wrote it."""
         return self._digests
+
+    @property
+    def caption_count(self) -> int:
+        """Number of captions."""
+        return 0 if self._captions is None else array_shape(self._captions, "embeddings")[0]
+
+    def caption_embeddings(self, captions: range) -> Tensor:
+        """Text embeddings [B, L, text_dim] of B captions. Raises UserError if the array is missing or damaged."""
+        if self._captions is None:
+            raise ValueError("no captions were recorded")
+        return read_tensor(self._captions, "embeddings", slice(captions.start, captions.stop))
 
     def calls(self, expert: str) -> list[Call]:
         """Every call of one expert, ordered by prompt, step and branch."""

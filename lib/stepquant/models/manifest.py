@@ -23,10 +23,12 @@ class SiteManifest(_Part):
 
     Attributes:
         depends_on_timestep: False for a site whose input is the same at every step.
+        text_alone: whether its input holds the text tokens and nothing else.
         linears: weight shape (N, K) by module path inside the block, in the order in which rows are stacked.
     """
 
     depends_on_timestep: bool
+    text_alone: bool
     linears: dict[str, tuple[int, int]]
 
     @property
@@ -71,7 +73,10 @@ class ExpertManifest(_Part):
     @property
     def ordered_sites(self) -> tuple[Site, ...]:
         """The sites of a block, in order."""
-        return tuple(Site(name, tuple(found.linears), found.depends_on_timestep) for name, found in self.sites.items())
+        return tuple(
+            Site(name, tuple(found.linears), found.depends_on_timestep, found.text_alone)
+            for name, found in self.sites.items()
+        )
 
 
 class Compression(_Part):

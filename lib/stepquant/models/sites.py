@@ -16,8 +16,11 @@ class Site:
         linears: module paths, inside the block, of the linears, in the order in which their rows are stacked.
         depends_on_timestep: False if the tensor is the same at every sampling step (text tokens), so that one clip is
             enough.
+        text_alone: True if the tensor holds the text tokens and nothing else, so that captions without a video
+            calibrate it as well.
     """
 
     name: str
     linears: tuple[str, ...]
     depends_on_timestep: bool = True
+    text_alone: bool = False

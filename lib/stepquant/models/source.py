@@ -157,6 +157,7 @@ def _describe_expert(folder: Path, found: ExpertRange, config: dict[str, Any], s
     sites = {
         site.name: SiteManifest(
             depends_on_timestep=site.depends_on_timestep,
+            text_alone=site.text_alone,
             linears={path: _matrix(weights.shape(f"{prefix}.{path}.weight")) for path in site.linears},
         )
         for site in denoiser.sites(config)

@@ -120,6 +120,7 @@ def _expert(config: Config, pipeline: str) -> ExpertManifest:
     sites = {
         site.name: SiteManifest(
             depends_on_timestep=site.depends_on_timestep,
+            text_alone=site.text_alone,
             linears={path: shapes.get(path, (width, width)) for path in site.linears},
         )
         for site in find_family(pipeline).denoiser.sites(config)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from stepquant.models.sites import Site
 from stepquant.params import Sampling
 
@@ -39,6 +41,7 @@ class DenoiserClass:
         latents: argument of forward with the noisy latents [B, C, F, H, W]; channels after `out_channels` are
             conditions.
         timestep: argument of forward with t, [B] or [B, tokens].
+        text: argument of forward with the text embeddings [B, L, text_dim].
         sites: the sites of a block by the denoiser's config, in the order in which they are reached.
         float32: names of the modules and parameters that diffusers keeps in float32 for every dtype
             (`_keep_in_fp32_modules` of the class).
@@ -48,6 +51,7 @@ class DenoiserClass:
     stack: BlockStack
     latents: str
     timestep: str
+    text: str
     sites: Callable[[Config], tuple[Site, ...]]
     float32: tuple[str, ...]
 
@@ -108,6 +112,8 @@ class Family:
             expert's config.
         call: the arguments of the pipeline's call but for prompt, images and generator, by the sampling section and
             model_index.json (which a loaded pipeline has as its config).
+        encode_text: the text embeddings [B, L, text_dim] of B texts, as the pipeline gives them to its denoiser, by a
+            loaded pipeline and the sampling section.
     """
 
     pipeline: str
@@ -117,6 +123,7 @@ class Family:
     check: Callable[[Config, Sequence[Config]], None]
     check_sampling: Callable[[Sampling, Config], None]
     call: Callable[[Sampling, Config], dict[str, Any]]
+    encode_text: Callable[[Any, Sequence[str], Sampling], Tensor]
 
     def load(self) -> Any:
         """The pipeline class itself; imports diffusers, which takes seconds."""

@@ -7,6 +7,8 @@ num_train_timesteps and `transformer_2` the rest; without one, `transformer` den
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from stepquant.errors import InvalidInput
 from stepquant.models.families.description import Config, ExpertRange
 from stepquant.models.families.wan_transformer import WAN_TRANSFORMER, reads_image_tokens, reads_two_images
@@ -79,3 +81,11 @@ def wan_call(sampling: Sampling, index: Config) -> dict[str, Any]:
     if index.get("boundary_ratio") is None:  # without one, the pipelines refuse a second scale
         return arguments
     return arguments | {"guidance_scale_2": sampling.guidance_scale_2}
+
+
+def wan_text(pipe: Any, texts: Sequence[str], sampling: Sampling) -> Tensor:
+    """Text embeddings [B, L, text_dim] of B texts. A text is cut or padded with zeros to max_sequence_length tokens."""
+    embeddings: Tensor = pipe.encode_prompt(
+        prompt=list(texts), do_classifier_free_guidance=False, max_sequence_length=sampling.max_sequence_length
+    )[0]
+    return embeddings

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stepquant.errors import InvalidInput
 from stepquant.models.families.description import Config, Family, PromptImages
-from stepquant.models.families.wan_pipeline import wan_call, wan_experts
+from stepquant.models.families.wan_pipeline import wan_call, wan_experts, wan_text
 from stepquant.models.families.wan_transformer import (
     WAN_TRANSFORMER,
     check_channels,
@@ -40,4 +40,5 @@ FAMILY = Family(
     check=_check,
     check_sampling=check_text_length,
     call=wan_call,
+    encode_text=wan_text,
 )

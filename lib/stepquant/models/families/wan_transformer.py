@@ -22,7 +22,7 @@ def _sites(config: Config) -> tuple[Site, ...]:
         Site("attn1.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
         Site("attn1.out", ("attn1.to_out.0",)),
         Site("attn2.q", ("attn2.to_q",)),
-        Site("attn2.kv", ("attn2.to_k", "attn2.to_v"), depends_on_timestep=False),
+        Site("attn2.kv", ("attn2.to_k", "attn2.to_v"), depends_on_timestep=False, text_alone=True),
         *([image] if reads_image_tokens(config) else []),
         Site("attn2.out", ("attn2.to_out.0",)),
         Site("ffn.up", ("ffn.net.0.proj",)),
@@ -35,6 +35,7 @@ WAN_TRANSFORMER = DenoiserClass(
     stack=BlockStack("blocks", "num_layers", carried="hidden_states"),
     latents="hidden_states",
     timestep="timestep",
+    text="encoder_hidden_states",
     sites=_sites,
     float32=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
