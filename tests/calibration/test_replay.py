@@ -117,6 +117,6 @@ def test_sums_are_on_the_device_of_the_input(monkeypatch):
             pass
 
     monkeypatch.setattr(replay, "SiteObserver", Observer)
-    observers = BlockObservers(SimpleNamespace(expert="low_noise"), 0, [], {"ffn.up": None})
+    observers = BlockObservers(SimpleNamespace(expert="low_noise"), 0, [], [], {"ffn.up": None})
     observers.observe("ffn.up", SimpleNamespace(shape=(2, 10, 6), device=torch.device("cuda:1")), range(0))
     assert devices == [torch.device("cuda:1")]
