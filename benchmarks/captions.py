@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "data" / "training")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data" / "training"))
 
 from demo_model.clips import CAMERAS, DIRECTIONS
 

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
+from stepquant.calibration.statistics_files import read_statistics, site_folder, tokens_per_column
 from stepquant.checkpoint.pipeline import load_pipeline
 from tests.stages.conftest import MANIFEST, PARAMS, ROOT, Folder, in_process
 
+PROMPT = "a red crab runs"
+CAPTIONS = ("a blue whale sings", "two red crabs", "rain")
 SPLITS = ("calibration", "validation", "heldout", "evaluation")
 
 
@@ -21,7 +25,7 @@ def write_prompts(root, images):
     (root / MANIFEST).parent.mkdir(parents=True)
     rows = []
     for seed, split in enumerate(SPLITS):
-        row = {"id": split, "split": split, "prompt": "a red crab runs", "negative_prompt": "", "seed": seed}
+        row = {"id": split, "split": split, "prompt": PROMPT, "negative_prompt": "", "seed": seed}
         for column in images:
             row[column] = f"{split}_{column}.png"
             pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -36,12 +40,32 @@ def write_params(root, experts, text_tokens):
         params[section] |= values
     params["model"]["source"] = "model"
     params["sampling"] |= {"guidance_scale": 2.0, "guidance_scale_2": 2.0, "max_sequence_length": text_tokens}
+    (root / "captions.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
+    params["trajectories"]["text_prompts"] = "captions.txt"
     params["bins"] = dict.fromkeys(experts, 1)
     params["experts"] = {expert: params["experts"]["high_noise"] for expert in experts}
     params["smooth"]["gradient_steps"] = 2
     params["gptq"] |= {"refits": 1, "dampings": [0.01]}
     params["evaluate"]["bootstrap_samples"] = 10
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@torch.no_grad()
+def check_text_statistics(root, expert):
+    """The site of text tokens has the second moments of the prompt's two branches and of all captions, each once."""
+    manifest = json.loads((root / "artifacts/model/manifest.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(root / "model", dtype=torch.float32)
+    denoiser = getattr(pipe, manifest["experts"][expert]["subfolder"])
+    length = yaml.safe_load((root / "params.yaml").read_text())["sampling"]["max_sequence_length"]
+    texts = [PROMPT, "", *CAPTIONS]
+    embeddings = [pipe.encode_prompt(text, None, False, max_sequence_length=length)[0] for text in texts]
+    tokens = denoiser.condition_embedder.text_embedder(torch.cat(embeddings)).flatten(0, 1)
+    folder = site_folder(root / f"artifacts/activations/{expert}.zarr", 1, "attn2.kv")
+    statistics = read_statistics(folder, "cpu")
+    expected = tokens.double().T @ tokens.double() / len(tokens)
+    assert tokens_per_column(folder) == len(tokens) / tokens.shape[1]
+    assert (statistics.hessian_about(torch.zeros(tokens.shape[1])) - expected).norm() < 1e-5 * expected.norm()
+    assert torch.allclose(statistics.mean[0], tokens.mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY_PIPELINES)
@@ -58,6 +82,7 @@ def test_a_published_model_goes_from_model_to_report(name, tmp_path, monkeypatch
     for expert in experts:
         for stage in ("capture", "lowrank", "gptq", "clip"):
             folder.finish(stage, "--expert", expert)
+    check_text_statistics(tmp_path, experts[-1])
     folder.finish("pack", "--variant", "full")
     for variant in ("bf16", "full"):
         folder.finish("generate", "--variant", variant)

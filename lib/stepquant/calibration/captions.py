@@ -105,5 +105,6 @@ class CaptionInputs:
             timestep: t.expand(count) if t.ndim == 1 else t[:, :1].expand(count, 1),  # one token per caption
             text: self.trajectories.caption_embeddings(positions),
         }
-        others = {name: value.expand(count, *value.shape[1:]) for name, value in self.arguments.items()}
+        # Repeated, not expanded: the image tokens of two images are two rows of the batch (Wan2.1-FLF2V).
+        others = {name: torch.cat([value] * count) for name, value in self.arguments.items() if name not in replaced}
         return self.glue.inputs(others | replaced)
