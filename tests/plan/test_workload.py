@@ -99,7 +99,8 @@ def test_hessians_take_every_fourth_token_but_all_of_the_text(real):
 def test_a_local_model_is_described_without_its_weights_being_hashed(made):
     manifest, other = find_model(str(made / "model"), None, made / "absent.json")
     assert manifest.expert("denoiser").blocks == 2 and not manifest.files
-    assert other == (made / "model/scheduler/scheduler_config.json").stat().st_size
+    components = ("scheduler", "text_encoder", "tokenizer", "vae")
+    assert other == sum(file.stat().st_size for name in components for file in (made / "model" / name).iterdir())
 
 
 def test_a_model_that_was_described_once_need_not_be_here(tmp_path, made):

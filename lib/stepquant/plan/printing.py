@@ -16,6 +16,7 @@ from stepquant.plan.find_model import find_model
 from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
 from stepquant.plan.table import assumptions, calibration_warnings, model_lines, plan_table, prompt_line, warnings
 from stepquant.plan.workload import Workload
+from stepquant.preflight import is_here, look_at_model
 
 RECORDED = Path("artifacts/model/manifest.json")
 
@@ -68,6 +69,8 @@ def machines(names: list[str], compute: Any) -> list[Machine]:
 
 
 def _print(params: Path, names: list[str]) -> None:
+    if is_here(params):
+        look_at_model(params)
     run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
     for line in (*model_lines(run), prompt_line(run)):
         console.print(line)
