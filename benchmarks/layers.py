@@ -14,7 +14,6 @@ from torch import Tensor
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.models.sites import WAN_SITES
 from stepquant.params import Compute
 from stepquant.recipe.site_statistics import SiteStatistics
 
@@ -119,5 +118,5 @@ def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
         model = open_expert(manifest, expert, compute)
         for index in blocks:
             block = StoredBlock(index, model, {"activations": root / f"artifacts/activations/{expert}.zarr"})
-            for site in WAN_SITES:
+            for site in manifest.expert(expert).ordered_sites:
                 yield Layer(expert, f"{index} {site.name}", block.weight(site), partial(block.statistics, site), None)

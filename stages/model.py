@@ -4,25 +4,32 @@ from pathlib import Path
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, open_stage
+from stepquant import params as parameters
 from stepquant.command_runner import command, main
-from stepquant.models.source import describe_source, resolve_source
-from stepquant.storage.atomic import write_text
-from stepquant.storage.json_files import to_json
+from stepquant.models.checks import check_run, check_source
+from stepquant.models.checks.reach import check_experts
+from stepquant.models.manifest import write_manifest
+from stepquant.models.source import describe_experts, describe_source, resolve_source
 
-READS = ("model",)
+READS = ("model", "sampling", "bins")
 
 
 @command
 def model(params: ParamsFile = Path("params.yaml")) -> None:
     """Describe the source model: its experts, blocks, sites, shapes and the digest of every file.
 
-    Reads the params section model. Writes artifacts/model/manifest.json.
+    Refuses a model that is not supported or not whole, and parameters that do not fit it, before anything is sampled.
+    Reads the params sections model, sampling and bins. Writes artifacts/model/manifest.json.
     """
     with open_stage(__file__, READS, params) as stage:
         source = stage["model"]
         folder = resolve_source(source.source, source.revision)
-        manifest = describe_source(folder, source.source, source.revision)
-        write_text(artifacts.MODEL, to_json(manifest.model_dump(mode="json")))
+        check_source(folder)
+        described = describe_experts(folder, source.source, source.revision)
+        check_experts(parameters.expert_names(params), "experts", list(described.experts))
+        check_run(folder, described, stage["sampling"], stage["bins"].by_expert)
+        # Reading every byte of the model takes longest, and comes last.
+        write_manifest(artifacts.MODEL, describe_source(folder, source.source, source.revision))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def look_at_model(file: Path) -> str:
         return f"model.source: {model.source} {DOWNLOADS}"
     check_source(folder)
     manifest = describe_experts(folder, model.source, model.revision)
-    check_experts(parameters.expert_names(file) or [], "experts", list(manifest.experts))
+    check_experts(parameters.expert_names(file), "experts", list(manifest.experts))
     check_run(folder, manifest, parameters.section(file, "sampling"), parameters.section(file, "bins").by_expert)
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in manifest.experts.items())
     return f"model.source: {model.source}: {blocks}"
@@ -68,7 +68,7 @@ def look_at_prompts(file: Path) -> str:
             found.append(f"{section}.manifest: {settings.manifest} is not here")
             continue
         prompts = take(settings)
-        check_pictures(((p.id, p.image) for p in prompts), sampling, f"{section}.manifest")
+        check_pictures(prompts, sampling, f"{section}.manifest")
         found.append(f"{section}.manifest: {len(prompts)} prompts")
     return ", ".join(found)
 

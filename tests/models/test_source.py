@@ -165,7 +165,7 @@ def test_weights_that_are_missing_truncated_or_pickled(source, component):
     [
         ("model_index.json", "_class_name"),
         ("scheduler/scheduler_config.json", "num_train_timesteps"),
-        ("transformer/config.json", "num_layers"),
+        ("transformer/config.json", "in_channels"),
     ],
 )
 def test_a_config_that_is_missing_broken_or_empty(source, file, key):

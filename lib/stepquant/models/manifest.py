@@ -1,11 +1,15 @@
 """The model manifest: the parts of a source pipeline, as stored in `artifacts/model/manifest.json`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepquant.errors import UserError
+from stepquant.models.families.description import PromptImages
+from stepquant.models.sites import Site
+from stepquant.storage.atomic import write_text
 from stepquant.storage.digests import content_key
 from stepquant.storage.json_files import read_json
 
@@ -19,8 +23,7 @@ class SiteManifest(_Part):
 
     Attributes:
         depends_on_timestep: False for a site whose input is the same at every step.
-        linears: weight shape (N, K) by module path inside the block, in any order; `Site.linears` defines the order in
-            which rows are stacked.
+        linears: weight shape (N, K) by module path inside the block, in the order in which rows are stacked.
     """
 
     depends_on_timestep: bool
@@ -53,7 +56,7 @@ class ExpertManifest(_Part):
         subfolder: its folder in the pipeline.
         t_range: (lowest, highest) timestep.
         blocks: number of transformer blocks.
-        sites: sites of a block by name.
+        sites: sites of a block by name, in the order in which every stage goes through them.
         inputs: sizes of its inputs.
         bf16_bytes: size of all its weights in BF16.
     """
@@ -64,6 +67,11 @@ class ExpertManifest(_Part):
     sites: dict[str, SiteManifest]
     inputs: DenoiserInputs
     bf16_bytes: int
+
+    @property
+    def ordered_sites(self) -> tuple[Site, ...]:
+        """The sites of a block, in order."""
+        return tuple(Site(name, tuple(found.linears), found.depends_on_timestep) for name, found in self.sites.items())
 
 
 class Compression(_Part):
@@ -82,7 +90,8 @@ class ModelManifest(_Part):
         pipeline: name of the diffusers class.
         num_train_timesteps: largest timestep.
         compression: downsampling of the VAE.
-        experts: denoisers by name.
+        images: the images of a prompt.
+        experts: denoisers by name, in the order in which a sampler reaches them.
         files: SHA-256 (hex) of every file of the components by path; empty where nothing was hashed.
     """
 
@@ -91,6 +100,7 @@ class ModelManifest(_Part):
     pipeline: str
     num_train_timesteps: int
     compression: Compression
+    images: PromptImages
     experts: dict[str, ExpertManifest]
     files: dict[str, str] = {}
 
@@ -104,6 +114,11 @@ class ModelManifest(_Part):
         """SHA-256 (hex) over the digests of one expert's files. Raises UserError if the model has no such expert."""
         prefix = self.expert(name).subfolder + "/"
         return content_key(files={path: digest for path, digest in self.files.items() if path.startswith(prefix)})
+
+
+def write_manifest(path: Path, manifest: ModelManifest) -> None:
+    """Write the manifest. Keys stay in their order, which for experts, sites and linears has a meaning."""
+    write_text(path, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
 
 
 def read_manifest(path: Path) -> ModelManifest:

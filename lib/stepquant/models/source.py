@@ -1,22 +1,21 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepquant.errors import DamagedFile, InvalidInput, MissingFile
+from stepquant.errors import InvalidInput, MissingFile
+from stepquant.models.checks import check_source
+from stepquant.models.configs import located, read_config
+from stepquant.models.families import find_denoiser, find_family
+from stepquant.models.families.description import ExpertRange
 from stepquant.models.hub import commit_of, is_hub_id, snapshot
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
-from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.storage.digests import file_digest, file_digests
 
-# Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
-EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
-DENSE_EXPERT = {"denoiser": "transformer"}
 # The keys of an expert's config.json that determine the size of its inputs.
 INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
 # The Wan VAE's pixels per latent, and frames per latent frame after the first; config.json of the VAE overrides them.
@@ -50,9 +49,9 @@ def describe_source(folder: Path, source: str, revision: str | None) -> ModelMan
     For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts`.
     """
     described = describe_experts(folder, source, commit_of(folder, revision))
-    index = _read_json(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     files = {"model_index.json": file_digest(folder / "model_index.json")}
-    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and any(value)):
         files |= {f"{name}/{path}": digest for path, digest in file_digests(folder / name).items()}
     return described.model_copy(update={"files": files})
 
@@ -72,37 +71,48 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
         MissingFile: if a component or its weights are missing.
         DamagedFile: if a config or weight file is truncated or broken.
         UnsupportedCheckpoint: if a component has pickled weights only.
+        InvalidInput: if the pipeline or a denoiser is of another class, or configured as the class cannot run it.
     """
-    index = _read_json(folder / "model_index.json", "_class_name")
+    index = read_config(folder / "model_index.json", "_class_name")
+    with located(folder):
+        family = find_family(index["_class_name"])
+        ranges = family.experts(index)
     _check_components(folder)
-    steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
-    boundary = index.get("boundary_ratio")
-    folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
-    edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
-    ranges = list(zip(edges, edges[1:]))[::-1]
+    steps = read_config(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
+    configs = [_denoiser_config(folder / found.subfolder) for found in ranges]
+    with located(folder):
+        family.check(index, configs)
     return ModelManifest(
         source=source,
         revision=revision,
         pipeline=index["_class_name"],
         num_train_timesteps=steps,
         compression=_compression(folder / "vae" / "config.json"),
-        experts={
-            name: _describe_expert(folder / subfolder, subfolder, low, high)
-            for (name, subfolder), (low, high) in zip(folders.items(), ranges)
-        },
+        images=family.images(index, configs[0]),
+        experts={found.name: _describe_expert(folder, found, config, steps) for found, config in zip(ranges, configs)},
     )
+
+
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    """An expert's config.json. Raises InvalidInput if it is not that of a denoiser class that is known."""
+    config = read_config(folder / "config.json", *INPUT_KEYS)
+    with located(folder):
+        count_key = find_denoiser(config.get("_class_name")).stack.count_key
+    if count_key not in config:
+        raise InvalidInput(f"{folder / 'config.json'}: no '{count_key}' in it; expected that of a diffusers pipeline")
+    return config
 
 
 def _compression(file: Path) -> Compression:
     """The compression factors of the VAE; those of the Wan VAE if the config has none."""
-    config = _read_json(file) if file.is_file() else {}
+    config = read_config(file) if file.is_file() else {}
     return Compression.model_validate({key: config.get(key, factor) for key, factor in COMPRESSION.items()})
 
 
 def _check_components(folder: Path) -> None:
     """Refuse a pipeline with a missing or broken component, because the errors of diffusers are cryptic."""
-    for name, value in _read_json(folder / "model_index.json", "_class_name").items():
-        if not isinstance(value, list) or not value[0]:
+    for name, value in read_config(folder / "model_index.json", "_class_name").items():
+        if not isinstance(value, list) or not any(value):
             continue
         if not (folder / name).is_dir():
             raise MissingFile(
@@ -113,34 +123,21 @@ def _check_components(folder: Path) -> None:
             open_weights(folder / name)
 
 
-def _read_json(file: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON file of the source that must have the given keys."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFile(f"{file}: no such file; expected that of a diffusers pipeline") from None
-    except ValueError as error:
-        raise DamagedFile(f"{file}: not JSON ({error})") from None
-    for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise InvalidInput(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
-    return content
-
-
-def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> ExpertManifest:
-    weights = open_weights(folder)
-    config = _read_json(folder / "config.json", "num_layers", *INPUT_KEYS)
+def _describe_expert(folder: Path, found: ExpertRange, config: dict[str, Any], steps: int) -> ExpertManifest:
+    weights = open_weights(folder / found.subfolder)
+    denoiser = find_denoiser(config["_class_name"])
+    prefix = f"{denoiser.stack.attribute}.0"
     sites = {
         site.name: SiteManifest(
             depends_on_timestep=site.depends_on_timestep,
-            linears={path: _matrix(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears},
+            linears={path: _matrix(weights.shape(f"{prefix}.{path}.weight")) for path in site.linears},
         )
-        for site in WAN_SITES
+        for site in denoiser.sites(config)
     }
     return ExpertManifest(
-        subfolder=subfolder,
-        t_range=(low, high),
-        blocks=config["num_layers"],
+        subfolder=found.subfolder,
+        t_range=(found.low * steps, found.high * steps),
+        blocks=config[denoiser.stack.count_key],
         sites=sites,
         inputs=DenoiserInputs.model_validate({key: config[key] for key in INPUT_KEYS}),
         bf16_bytes=sum(2 * prod(weights.shape(key)) for key in weights),
@@ -161,12 +158,11 @@ def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
         dtype: of the components.
 
     Raises:
-        UserError: as `describe_experts`, because the folder may have changed since it was described.
+        UserError: as `check_source`, because the folder may have changed since it was described.
     """
-    _check_components(folder)
-    from diffusers import WanImageToVideoPipeline
-
-    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    check_source(folder)
+    family = find_family(read_config(folder / "model_index.json", "_class_name")["_class_name"])
+    pipe = family.load().from_pretrained(folder, dtype=dtype, local_files_only=True)
     return place_pipeline(pipe, device)
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from stepquant.errors import UserError
+from stepquant.models.families import find_family
+from stepquant.models.families.description import PromptImages
 from stepquant.models.manifest import (
     Compression,
     DenoiserInputs,
@@ -11,8 +13,7 @@ from stepquant.models.manifest import (
     SiteManifest,
     read_manifest,
 )
-from stepquant.models.sites import WAN_SITES
-from stepquant.models.source import COMPRESSION, EXPERT_FOLDERS, describe_experts
+from stepquant.models.source import COMPRESSION, describe_experts
 
 
 def find_model(source: str, revision: str | None, recorded: Path) -> tuple[ModelManifest, int]:
@@ -63,7 +64,7 @@ def wan_expert(
             depends_on_timestep=site.depends_on_timestep,
             linears={path: shapes.get(path, (width, width)) for path in site.linears},
         )
-        for site in WAN_SITES
+        for site in find_family("WanImageToVideoPipeline").denoiser.sites({})
     }
     inputs = DenoiserInputs(in_channels=36, out_channels=16, patch_size=(1, 2, 2), text_dim=text_dim)
     return ExpertManifest(
@@ -83,9 +84,10 @@ KNOWN = {
         pipeline="WanImageToVideoPipeline",
         num_train_timesteps=1000,
         compression=Compression.model_validate(COMPRESSION),
+        images=PromptImages(("image",), ("last_image",)),
         experts={
             name: wan_expert(subfolder, _A14B_RANGES[name], **_A14B_EXPERT)
-            for name, subfolder in EXPERT_FOLDERS.items()
+            for name, subfolder in (("high_noise", "transformer"), ("low_noise", "transformer_2"))
         },
     )
 }

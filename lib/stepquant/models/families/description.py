@@ -21,13 +21,12 @@ class BlockStack:
     Attributes:
         attribute: name of the ModuleList, which is also the prefix of the weights' keys.
         count_key: key of config.json with the number of blocks.
-        carried: names of the block's arguments that the block's output replaces for the next block, in the order of
-            the output.
+        carried: name of the block's argument that the block's output replaces for the next block.
     """
 
     attribute: str
     count_key: str
-    carried: tuple[str, ...]
+    carried: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Family:
         check_sampling: refuses sampling parameters that this pipeline cannot follow, by the sampling section and an
             expert's config.
         call: the arguments of the pipeline's call but for prompt, images and generator, by the sampling section and
-            the number of experts.
+            model_index.json (which a loaded pipeline has as its config).
     """
 
     pipeline: str
@@ -110,7 +109,7 @@ class Family:
     images: Callable[[Config, Config], PromptImages]
     check: Callable[[Config, Sequence[Config]], None]
     check_sampling: Callable[[Sampling, Config], None]
-    call: Callable[[Sampling, int], dict[str, Any]]
+    call: Callable[[Sampling, Config], dict[str, Any]]
 
     def load(self) -> Any:
         """The pipeline class itself; imports diffusers, which takes seconds."""
