@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, open_stage
+from stepquant import params as parameters
 from stepquant.calibration.trajectories import record_prompt
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
@@ -30,7 +31,10 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
         check_pictures(prompts, stage["sampling"], "trajectories.manifest")
-        check_run(resolve_source(manifest.source, manifest.revision), manifest, stage["sampling"])
+        bins = parameters.glance(params, "bins")
+        check_run(
+            resolve_source(manifest.source, manifest.revision), manifest, stage["sampling"], bins and bins.by_expert
+        )
         # Loaded on first use: not at all if every unit is finished.
         pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))
         units = {}

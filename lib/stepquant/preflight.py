@@ -39,7 +39,7 @@ def look_at_model(file: Path) -> str:
     check_experts(parameters.expert_names(file), "experts", list(manifest.experts))
     check_run(folder, manifest, parameters.section(file, "sampling"), parameters.section(file, "bins").by_expert)
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in manifest.experts.items())
-    return f"model.source: {model.source}: {blocks}"
+    return "; ".join(filter(None, (f"model.source: {model.source}: {blocks}", unwatched(folder))))
 
 
 def look_at_prompts(file: Path) -> str:
@@ -71,6 +71,22 @@ def look_at_prompts(file: Path) -> str:
         check_pictures(prompts, sampling, f"{section}.manifest")
         found.append(f"{section}.manifest: {len(prompts)} prompts")
     return ", ".join(found)
+
+
+def unwatched(folder: Path) -> str:
+    """What to know about a source that DVC does not watch; "" if it watches all of it.
+
+    Args:
+        folder: of the source pipeline.
+    """
+    watched = Path("data/models")
+    for place in (folder, *(child for child in sorted(folder.iterdir()) if child.is_dir())):
+        if not place.resolve().is_relative_to(watched.resolve()) and folder.parent.name != "snapshots":
+            return (
+                f"DVC does not watch {place}, which lies outside {watched}; after a change there, run "
+                "`dvc repro --force model`"
+            )
+    return ""
 
 
 def is_here(file: Path) -> bool:
