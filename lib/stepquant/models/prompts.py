@@ -49,7 +49,7 @@ class Prompt:
     seed: int
 
     def load_image(self, column: str = "image") -> Image.Image:
-        """One image as RGB, upright and opaque (models/pictures.py); the first frame if no other column is named."""
+        """One image as an RGB image, upright and opaque (models/pictures.py); the first frame if no column is named."""
         return read_picture(self.images[column])
 
     def load_images(self) -> dict[str, Image.Image]:

@@ -26,6 +26,7 @@ from stepquant.plan.table import (
     warnings,
 )
 from stepquant.plan.workload import Workload
+from stepquant.preflight import is_here, look_at_model
 
 RECORDED = Path("artifacts/model/manifest.json")
 
@@ -75,6 +76,8 @@ def machines(names: list[str], compute: Any) -> list[Machine]:
 
 
 def _print(params: Path, names: list[str]) -> None:
+    if is_here(params):
+        look_at_model(params)
     run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
     if run.model.download:  # the model is not here to be looked at
         check_known(run.manifest, run.model.scheduler, run.parameter("sampling"), run.parameter("bins").by_expert)
