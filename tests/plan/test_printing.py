@@ -48,7 +48,7 @@ def test_params_of_a_made_shape_on_this_machine(made, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.2-i2v-a14b"),
+        (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.1-flf2v-14b-720p, "),
         (["--profile", "demo"], "model.source: data/models/wan22-mini is neither a local folder nor known here"),
         (
             ["--profile", "wan2.2-i2v-a14b", "--machine", "abacus"],
@@ -85,7 +85,7 @@ def test_calibration_that_is_too_thin(real):
 
 def test_a_bin_without_steps(folder):
     text = read_profiles()["wan2.2-i2v-a14b"]
-    Path("params.yaml").write_text(text.replace("[1000, 975, 940, 900]", "[1000, 999, 998, 900]"))
+    Path("params.yaml").write_text(text.replace("[1000, 975, 940, 900]", "[1000, 998.5, 998, 900]"))
     found = list(table.calibration_warnings(make_workload(Path("params.yaml"))))
     assert (
         found[0] == "bins.high_noise: no sampling step has t in bin 1; set fewer or wider bins, or raise sampling.steps"

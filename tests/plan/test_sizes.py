@@ -68,7 +68,7 @@ def test_the_real_model(tmp_path, monkeypatch):
     high, _ = run.experts
     branch = 40 * 32 * 2 * sum(site.K * len(site.linears) + site.N for site in high.sites)
     assert packed_expert(run, high).bytes == pytest.approx(
-        14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes, rel=0.002
+        14_050_918_400 * 4.25 / 8 + branch + high.rest_bytes(2), rel=0.002
     )
     assert hidden_states(run, high).bytes == 2 * 168 * 32760 * 5120 * 2
     assert shard_sums(run, high).bytes == 2 * 10 * 2 * 4 * (

@@ -52,7 +52,7 @@ def test_timesteps_are_those_that_the_scheduler_steps_through(real):
 
 def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    manifest = tmp_path / "data/calibration/manifest.jsonl"
+    manifest = tmp_path / "data/calibration/my_prompts.jsonl"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(
         "\n".join(json.dumps({"split": split}) for split in ("calibration", "calibration", "validation", "heldout"))
