@@ -23,6 +23,7 @@ from stepquant.plan.table import (
     only_lines,
     plan_table,
     prompt_line,
+    prompt_warnings,
     warnings,
 )
 from stepquant.plan.workload import Workload
@@ -83,7 +84,7 @@ def _print(params: Path, names: list[str]) -> None:
         check_known(run.manifest, run.model.scheduler, run.parameter("sampling"), run.parameter("bins").by_expert)
     for line in (*model_lines(run), prompt_line(run)):
         console.print(line)
-    for line in calibration_warnings(run):
+    for line in (*prompt_warnings(run), *calibration_warnings(run)):
         console.print(f"warning: {line}")
     for machine in machines(names, run.parameter("compute")):
         console.print()
