@@ -234,7 +234,7 @@ def _comparable(folder: Path, records: list[Record]) -> list[Record]:
         own, other = ((r.memory.bf16_bytes, r.videos.per_video.keys()) for r in (record, first))
         if own != other:
             raise UserError(
-                f"{folder / record.variant}.json: is of another model or of other prompts than that of {first.variant}; "
+                f"{folder / record.variant}.json: is of another model or other prompts than that of {first.variant}; "
                 f"run `dvc repro evaluate@{record.variant}`, or name the variants to show with --variant"
             )
     return records
