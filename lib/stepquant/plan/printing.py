@@ -16,7 +16,7 @@ from stepquant.plan.find_model import find_model
 from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
 from stepquant.plan.table import assumptions, calibration_warnings, model_lines, plan_table, prompt_line, warnings
 from stepquant.plan.workload import Workload
-from stepquant.preflight import is_here, look_at_model
+from stepquant.preflight import is_here, look_at_model, look_at_prompts
 
 RECORDED = Path("artifacts/model/manifest.json")
 
@@ -76,6 +76,10 @@ def _print(params: Path, names: list[str]) -> None:
         console.print(line)
     for line in calibration_warnings(run):
         console.print(f"warning: {line}")
+    try:  # a plan is of use before there are prompts
+        look_at_prompts(params)
+    except UserError as error:
+        console.print(f"warning: {error}")
     for machine in machines(names, run.parameter("compute")):
         console.print()
         console.print(plan_table(run, machine))
