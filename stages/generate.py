@@ -58,7 +58,7 @@ class Sampler:
         self.manifest = read_manifest(artifacts.MODEL)
         if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
             raise MissingFile(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
-        self.weights = self.manifest.files if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
+        self.weights = self.manifest.digest() if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
 
     def write(self, prompt: Prompt, folder: Path) -> None:
         """Sample one prompt and write its frames, converted to uint8, as `video.mp4`."""

@@ -41,9 +41,8 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
         packers = [Packer(recipe, stage, manifest, expert) for expert in manifest.experts]
         if artifacts.checkpoint(variant).exists():
             shutil.rmtree(artifacts.checkpoint(variant))
-        write_checkpoint(
-            source, artifacts.checkpoint(variant), {p.described.subfolder: (p.settings(), p.blocks()) for p in packers}
-        )
+        experts = {p.described.subfolder: (p.settings(), p.blocks(), p.model.weights) for p in packers}
+        write_checkpoint(source, artifacts.checkpoint(variant), experts)
 
 
 class Packer:

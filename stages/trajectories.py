@@ -30,7 +30,7 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         pipe = cache(lambda: source_pipeline(manifest, stage["compute"], stage["sampling"]))
         units = {}
         for prompt in track(prompts, "trajectories"):
-            key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())
+            key = stage.key(("compute", "sampling", "storage"), model=manifest.digest(), prompt=prompt.digest())
             units[prompt.id] = stage.units.make(
                 key, lambda folder: record_prompt(pipe(), stage["sampling"], prompt, folder, stage["storage"].url)
             )

@@ -70,16 +70,32 @@ class Compute(Section):
         return value
 
 
+class Lora(Section):
+    """A LoRA that is fused into one expert before anything else.
+
+    Attributes:
+        expert: Name of the expert.
+        file: safetensors file.
+        weight: Factor of what it adds.
+    """
+
+    expert: str
+    file: str
+    weight: float
+
+
 class Model(Section):
     """The source pipeline.
 
     Attributes:
         source: A local diffusers folder, or a hub id.
         revision: Revision of the hub id; null for a folder.
+        loras: LoRAs that are fused into it, in this order; may be empty.
     """
 
     source: str
     revision: str | None
+    loras: list[Lora]
 
 
 class Sampling(Section):

@@ -7,7 +7,7 @@ writes several keys in random order. A folder gets its name only after all of it
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from stepquant.runtime.layout import QuantizationSettings
 STEM = "diffusion_pytorch_model"
 
 Blocks = Iterable[tuple[int, dict[str, PackedLinear]]]
+Expert = tuple[QuantizationSettings, Blocks] | tuple[QuantizationSettings, Blocks, Weights]
 
 
-def write_checkpoint(source: Path, out: Path, experts: dict[str, tuple[QuantizationSettings, Blocks]]) -> None:
+def write_checkpoint(source: Path, out: Path, experts: Mapping[str, Expert]) -> None:
     """Write a complete diffusers pipeline folder: the given experts quantized, all other components copied.
 
     Components are copied, not linked, so that a file that is later rewritten in the source cannot change a checkpoint.
@@ -34,7 +35,8 @@ def write_checkpoint(source: Path, out: Path, experts: dict[str, tuple[Quantizat
     Args:
         source: pipeline folder with a model_index.json.
         out: the folder to write; it must not exist.
-        experts: settings and blocks, as in `write_expert`, by subfolder, such as `transformer_2`.
+        experts: settings, blocks and, if not the source's own, weights, as in `write_expert`, by subfolder, such as
+            `transformer_2`.
 
     Raises:
         MissingFile: if the source is no pipeline folder, or lacks a component.
@@ -55,7 +57,9 @@ def write_checkpoint(source: Path, out: Path, experts: dict[str, tuple[Quantizat
                 _copy_component(source / name, work / name)
 
 
-def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks: Blocks) -> None:
+def write_expert(
+    source: Path, out: Path, settings: QuantizationSettings, blocks: Blocks, weights: Weights | None = None
+) -> None:
     """Write the folder of one quantized denoiser.
 
     Args:
@@ -64,6 +68,8 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
         settings: what config.json will say.
         blocks: pairs of block index and packed linears by module path, consumed one at a time. Together they have every
             target of the settings once.
+        weights: whose tensors that are not quantized are written, such as weights with LoRAs; None for those of the
+            source.
 
     Raises:
         UserError: if the source is missing, broken or already quantized, or if `out` exists.
@@ -73,7 +79,7 @@ def write_expert(source: Path, out: Path, settings: QuantizationSettings, blocks
     config = _read_json(source / "config.json", "the folder of a diffusers model")
     if "quantization_config" in config:
         raise InvalidInput(f"{source}: is already quantized; expected an unquantized model")
-    weights = open_weights(source)
+    weights = open_weights(source) if weights is None else weights
     for target in settings.targets:
         weights.info(f"{target}.weight")
     with _whole_or_absent(out) as work:

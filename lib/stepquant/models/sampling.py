@@ -16,9 +16,14 @@ from stepquant.torch_setup import torch_dtype
 
 
 def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling) -> Any:
-    """The unquantized pipeline of a manifest, ready to sample. Raises UserError as `load_source_pipeline`."""
-    folder = resolve_source(manifest.source, manifest.revision)
-    return ready_to_sample(lambda: load_source_pipeline(folder, compute.device, torch_dtype(compute.dtype)), sampling)
+    """The unquantized pipeline of a manifest with its LoRAs, ready to sample.
+
+    Raises:
+        UserError: as `load_source_pipeline` and `open_expert_weights`.
+    """
+    folder, experts = resolve_source(manifest.source, manifest.revision), list(manifest.experts.values())
+    dtype = torch_dtype(compute.dtype)
+    return ready_to_sample(lambda: load_source_pipeline(folder, experts, compute.device, dtype), sampling)
 
 
 def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:

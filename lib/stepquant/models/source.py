@@ -1,6 +1,7 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
 import json
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
+from stepquant.models.loras import fuse_into_pipeline
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
@@ -156,21 +158,24 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def load_source_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """Load the unquantized pipeline.
+def load_source_pipeline(folder: Path, experts: Sequence[ExpertManifest], device: str, dtype: torch.dtype) -> Any:
+    """Load the unquantized pipeline, with its LoRAs.
 
     Args:
         folder: the local folder of the model.
+        experts: its experts, which say what LoRAs they have.
         device: where it computes; components are offloaded as in `place_pipeline`.
         dtype: of the components.
 
     Raises:
-        UserError: as `describe_experts`, because the folder may have changed since it was described.
+        UserError: as `describe_experts` and `open_expert_weights`, because files may have changed since the model was
+            described.
     """
     _check_components(folder)
     from diffusers import WanImageToVideoPipeline
 
     pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    fuse_into_pipeline(pipe, folder, experts)
     return place_pipeline(pipe, device)
 
 
