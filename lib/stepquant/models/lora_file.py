@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint
 from stepquant.models.fused_weights import Difference, LowRankUpdate, Update
@@ -92,6 +92,8 @@ class _Reader:
                         f"{file}: {key} belongs to {method}, which cannot be fused; allowed: LoRA"
                     )
         self.config = read_config(file)
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            self.alphas: dict[str, Tensor] = {key: opened.get_tensor(key) for key in header if key.endswith(".alpha")}
 
     def modules(self) -> dict[str, Parts]:
         """The parts of each module, by its name in diffusers. Raises InvalidInput for a key that has no place."""
@@ -121,8 +123,8 @@ class _Reader:
         updates: dict[str, Update] = {}
         scale = self.weight
         if "down" in parts:
-            scale *= self._scale(module, parts)
             self._check_pair(weight, parts["down"], parts["up"])
+            scale *= self._scale(module, parts)
             updates[weight] = LowRankUpdate(self.file, parts["down"], parts["up"], scale)
         if "diff_b" in parts and "up_bias" in parts:
             self.refuse(parts["diff_b"], f"changes the same bias as {parts['up_bias']}; expected one of them")
@@ -142,10 +144,9 @@ class _Reader:
         key = parts["alpha"]
         if self.config is not None:
             self.refuse(key, "is an alpha beside the alpha of the file's LoRA config; expected one of them")
-        if self.header[key].shape not in ((), (1,)):
-            self.refuse(key, f"has shape {list(self.header[key].shape)}; expected one number")
-        with safe_open(self.file, framework="pt", device="cpu") as file:
-            alpha: torch.Tensor = file.get_tensor(key)
+        alpha = self.alphas[key]
+        if alpha.numel() != 1:
+            self.refuse(key, f"has shape {list(alpha.shape)}; expected one number")
         return float(alpha.double().item() / rank)
 
     def _check_pair(self, target: str, down: str, up: str) -> None:
