@@ -25,18 +25,20 @@ from stepquant.calibration.replay import replay_block
 from stepquant.calibration.sampling_plan import plan_sampling
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.bins import make_bins
-from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
-from stepquant.models.sites import WAN_SITES
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sites import Site
 
 SAMPLES = {"calibration": 2048, "validation": 2048, "heldout": 2048}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def accumulating(trajectories: Trajectories, stride: int) -> Callable[[str, torch.Tensor, range], None]:
+def accumulating(
+    trajectories: Trajectories, sites: tuple[Site, ...], stride: int
+) -> Callable[[str, torch.Tensor, range], None]:
     """What stage capture does with a site's input."""
     calls, statistics = trajectories.calls(EXPERT), {}
     bins = make_bins(1, 0, 1000, "bins")
-    depends = {site.name: site.depends_on_timestep for site in WAN_SITES}
+    depends = {site.name: site.depends_on_timestep for site in sites}
 
     def observe(site: str, x: torch.Tensor, positions: range) -> None:
         if site not in statistics:
@@ -59,10 +61,10 @@ def fastest(work: Callable[[], object], rounds: int) -> float:
 def measure(model: Denoiser, trajectories: Trajectories, stride: int, rounds: int) -> tuple[float, float, int]:
     """Seconds of the plain forward and with statistics, and the tokens of the call."""
     block, call = model.block(0), trajectories.calls(EXPERT)[:1]
-    inputs: BlockInputs = block_inputs(model.prologue(), *trajectories.inputs(call))
-    observe = accumulating(trajectories, stride)
-    plain = lambda: block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb)  # noqa: E731
-    replayed = lambda: list(replay_block(block, WAN_SITES, [(range(1), inputs)], observe))  # noqa: E731
+    inputs, sites = model.glue().inputs(trajectories.inputs(call)), model.description.sites(model.config)
+    observe = accumulating(trajectories, sites, stride)
+    plain = lambda: inputs.run(block)  # noqa: E731
+    replayed = lambda: list(replay_block(block, sites, [(range(1), inputs)], observe))  # noqa: E731
     plain(), replayed()  # costs of the first call only
     return fastest(plain, rounds), fastest(replayed, rounds), inputs.hidden_states.shape[1]
 

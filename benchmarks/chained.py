@@ -43,14 +43,16 @@ def record_behind_quantized() -> None:
     """Replaces the trajectories by those of the packed high-noise expert followed by the source's low-noise expert."""
     sampling, settings = section(PARAMS, "sampling"), section(PARAMS, "trajectories")
     pipe = ready_to_sample(lambda: load_pipeline(artifacts.checkpoint(VARIANT), dtype=torch.float32), sampling)
-    pipe.transformer_2 = source_pipeline(
-        read_manifest(artifacts.MODEL), section(PARAMS, "compute"), sampling
-    ).transformer_2
     prompts = recorded_prompts(settings)
     store, units = UnitStore(Path(".units/chained")), {}
+    with store.scratch() as scratch:
+        manifest = read_manifest(artifacts.MODEL)
+        source = source_pipeline(manifest, section(PARAMS, "compute"), sampling, scratch)
+    pipe.transformer_2 = source.transformer_2
     for prompt in track(prompts, "trajectories"):
         units[prompt.id] = store.make(
-            content_key(prompt=prompt.digest()), lambda folder: record_prompt(pipe, sampling, prompt, folder, None)
+            content_key(prompt=prompt.digest()),
+            lambda folder: record_prompt(pipe, manifest, sampling, prompt, folder, None),
         )
     digests = {name: unit.digest for name, unit in units.items()}
     gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})

@@ -162,7 +162,7 @@ def video_lines(checkout: Checkout, device: str) -> str:
         lambda: load_pipeline(Path("artifacts/checkpoints/full"), dtype=torch.float32), sampling
     )
     pipe.set_progress_bar_config(disable=True)
-    frames = sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "pt")
+    frames = sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_images(), prompt.seed, "pt")
     on_cpu = (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     os.chdir(ROOT)
     return (

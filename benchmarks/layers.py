@@ -14,7 +14,6 @@ from torch import Tensor
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.models.sites import WAN_SITES
 from stepquant.params import Compute
 from stepquant.recipe.site_statistics import SiteStatistics
 
@@ -113,11 +112,18 @@ def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
     compute = Compute(
-        device="cpu", dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        offload="none",
+        executor="local",
+        workers=1,
+        address=None,
+        gpus_per_unit=0,
     )
     for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)
         for index in blocks:
             block = StoredBlock(index, model, {"activations": root / f"artifacts/activations/{expert}.zarr"})
-            for site in WAN_SITES:
+            for site in manifest.expert(expert).ordered_sites:
                 yield Layer(expert, f"{index} {site.name}", block.weight(site), partial(block.statistics, site), None)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepquant.models.sites import WAN_SITES
+from stepquant.models.families import find_denoiser
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 
@@ -84,9 +84,10 @@ def settings(fmt: str, targets: tuple[str, ...] = ("a",)) -> QuantizationSetting
 
 
 def make_linear(fmt: str, K: int, N: int, device: str) -> W4A4Linear:
-    """A quantized linear with bfloat16 bias; all codes and scales are ones."""
+    """A quantized linear; all codes, scales and biases are ones."""
     linear = W4A4Linear(K, N, True, settings(fmt), device, rotation=ROTATION).to(device)
-    linear.bias = nn.Parameter(torch.ones(N, dtype=torch.bfloat16, device=device), requires_grad=False)
+    linear.bin.set(torch.zeros(1, dtype=torch.int64, device=device))
+    linear.bias.fill_(1)
     if device != "meta":
         for buffer in linear.buffers():
             buffer.copy_(torch.ones_like(buffer, dtype=torch.float32))
@@ -103,7 +104,8 @@ def a14b_block(fmt: str | None) -> nn.Module:
     """One block of an expert on the meta device: quantized, or in bfloat16 if fmt is None."""
     with torch.device("meta"):
         block = WanTransformer3DModel(num_layers=1, in_channels=36, num_attention_heads=40, ffn_dim=13824).blocks[0]
-    for path, linear in [(path, block.get_submodule(path)) for site in WAN_SITES for path in site.linears]:
+    sites = find_denoiser("WanTransformer3DModel").sites({})
+    for path, linear in [(path, block.get_submodule(path)) for site in sites for path in site.linears]:
         if fmt is not None:
             owner, _, name = path.rpartition(".")
             rotation = ROTATION if path == "ffn.net.2" else 0

@@ -32,7 +32,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from stepquant.calibration.trajectories import write_trajectory
+from stepquant.calibration.recorder import RecordedCall
+from stepquant.calibration.trajectory_files import write_trajectory
+from stepquant.models.families import find_denoiser
 from stepquant.plan.workload import timesteps
 from stepquant.profiles import read_profiles
 from stepquant.storage.digests import content_key, file_digests
@@ -220,17 +222,18 @@ def _heavy_tailed(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def write_trajectories(folder: Path, shape: Shape, calls: Calls, seed: int) -> None:
     """The recorded calls of every prompt, without guidance."""
-    prompts = {}
+    prompts, denoiser = {}, find_denoiser("WanTransformer3DModel")
     splits = [split for split, count in calls.prompts().items() for _ in range(count)]
     for i, split in enumerate(splits):
         name = f"{split}_{i:02d}"
-        write_trajectory(folder / name, recorded(shape, calls, seed * 1000 + i), calls.steps, 16, split, name)
+        made = recorded(shape, calls, seed * 1000 + i)
+        write_trajectory(folder / name, made, calls.steps, denoiser, 16, split, name)
         prompts[name] = content_key(files=file_digests(folder / name))
     (folder / "zarr.json").write_text(group_metadata({"prompts": prompts}))
 
 
-def recorded(shape: Shape, calls: Calls, seed: int) -> list[dict[str, Any]]:
-    """One prompt's calls, as `trajectories.recorded` gives them."""
+def recorded(shape: Shape, calls: Calls, seed: int) -> list[RecordedCall]:
+    """One prompt's calls, made up: no denoiser computes anything for them."""
     generator = torch.Generator().manual_seed(seed)
     video = (16, calls.frames, calls.height, calls.width)
     clean, noise = torch.randn(*video, generator=generator), torch.randn(*video, generator=generator)
@@ -240,14 +243,12 @@ def recorded(shape: Shape, calls: Calls, seed: int) -> list[dict[str, Any]]:
     for t in timesteps(calls.steps, SHIFT):
         latents = t / 1000 * noise + (1 - t / 1000) * clean
         hidden = torch.cat([latents, condition])[None].bfloat16()
-        made.append(
-            {
-                "expert": EXPERT,
-                "hidden_states": hidden,
-                "timestep": torch.tensor([t]),
-                "encoder_hidden_states": text.bfloat16(),
-            }
-        )
+        arguments = {
+            "hidden_states": hidden,
+            "timestep": torch.tensor([t]),
+            "encoder_hidden_states": text.bfloat16(),
+        }
+        made.append(RecordedCall(EXPERT, arguments, None))
     return made
 
 

@@ -18,7 +18,7 @@ Measured (mean and largest change over int4, mxfp4 and nvfp4):
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -31,10 +31,8 @@ from benchmarks.layers import KINDS, SEARCH, Layer, real_layers, seeded_layer
 from benchmarks.recipes import Settings
 from stepquant.calibration.replay import replay_block
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.models.denoiser import block_inputs
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.models.sites import WAN_SITES
 from stepquant.params import Compute
 from stepquant.quantize.quantized_layer import layer_output, relative_error
 from stepquant.recipe.factor import factor_site
@@ -100,7 +98,14 @@ def seeded(widths: list[int], seeds: int) -> Iterator[tuple[Layer, Tensor]]:
 def demo(root: Path, blocks: int) -> Iterator[tuple[Layer, Tensor]]:
     """The sites of the first blocks of each expert with their tokens of all calibration calls, computed in bfloat16."""
     compute = Compute(
-        device="cpu", dtype="bfloat16", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+        device="cpu",
+        dtype="bfloat16",
+        threads=1,
+        offload="none",
+        executor="local",
+        workers=1,
+        address=None,
+        gpus_per_unit=0,
     )
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
@@ -109,13 +114,14 @@ def demo(root: Path, blocks: int) -> Iterator[tuple[Layer, Tensor]]:
     for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)
         calls = [call for call in trajectories.calls(expert) if call.split == "calibration"]
-        inputs = block_inputs(model.prologue(), *trajectories.inputs(calls))
+        inputs = model.glue().inputs(trajectories.inputs(calls))
         for index in range(blocks):
             tokens: dict[str, Tensor] = {}
             observe = lambda site, x, _, tokens=tokens: tokens.update({site: x.flatten(0, 1).clone()})  # noqa: E731
-            ((_, output),) = replay_block(model.block(index), WAN_SITES, [(range(len(calls)), inputs)], observe)
+            sites = manifest.expert(expert).ordered_sites
+            ((_, output),) = replay_block(model.block(index), sites, [(range(len(calls)), inputs)], observe)
             found |= {(expert, f"{index} {site}"): x for site, x in tokens.items()}
-            inputs = inputs.with_hidden_states(output)
+            inputs = replace(inputs, hidden_states=output)
     for layer in real_layers(root, list(range(blocks))):
         yield layer, found[layer.group, layer.name]
 

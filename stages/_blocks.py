@@ -22,7 +22,7 @@ from stepquant.errors import UserError
 from stepquant.formats import check_groups, get_format
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest, read_manifest
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.sites import Site
 from stepquant.params import Compute, Format
 from stepquant.quantize.rotate import check_rotation
 from stepquant.recipe.site_files import FACTORS, RECORD, SiteRecord, block_tensors
@@ -53,7 +53,7 @@ class BlockWork:
 
     def __call__(self, folder: Path) -> None:
         block = StoredBlock(self.index, open_expert(self.manifest, self.expert, self.compute), self.sources)
-        results = {site.name: self.work(block, site) for site in WAN_SITES}
+        results = {site.name: self.work(block, site) for site in self.manifest.expert(self.expert).ordered_sites}
         save_file(block_tensors({name: stored for name, (stored, _) in results.items()}), folder / FACTORS)
         (folder / RECORD).write_text(to_json({name: record for name, (_, record) in results.items()}))
 

@@ -74,6 +74,7 @@ class Replay:
     def __init__(self, stage: Stage, manifest: ModelManifest, expert: str, bins: Bins, block_ranges: list[range]):
         trajectories, settings = Trajectories(artifacts.TRAJECTORIES), stage["capture"]
         self.stage, self.block_ranges = stage, block_ranges
+        self.sites = tuple(manifest.expert(expert).sites)
         self.shards = cut_ranges(len(replayed_calls(trajectories, expert, bins, settings)), settings.calls_per_shard)
         self.inputs = {
             "model": manifest.expert_digest(expert),
@@ -104,7 +105,7 @@ class Replay:
         else:
             folders = [unit.folder for unit in self._make_shards(n, executor, progress)]
         url = self.stage["storage"].url
-        tasks = [Task(key, partial(add_up_shards, folders, block_name(i), url)) for i, key in keys.items()]
+        tasks = [Task(key, partial(add_up_shards, self.sites, folders, block_name(i), url)) for i, key in keys.items()]
         units = executor.map_units(self.stage.units, tasks, _Uncounted())
         for done in (n - 1, n) if n == len(self.block_ranges) - 1 else (n - 1,):
             for calls in self.shards if done >= 0 else ():

@@ -15,9 +15,10 @@ from stepquant.compute.units import gather
 from stepquant.errors import MissingFile
 from stepquant.evaluate.video import write_video
 from stepquant.models.manifest import read_manifest
-from stepquant.models.prompts import Prompt, evaluation_prompts
+from stepquant.models.offload import place_pipeline
+from stepquant.models.prompts import Prompt, check_images, evaluation_prompts
 from stepquant.models.sampling import ready_to_sample, sample, source_pipeline
-from stepquant.models.source import place_pipeline
+from stepquant.models.source import check_sampling
 from stepquant.recipe.variants import REFERENCE
 from stepquant.storage.digests import file_digests
 from stepquant.storage.json_files import to_json
@@ -36,6 +37,8 @@ def generate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
     with open_stage(__file__, READS, params, variant=variant) as stage:
         prompts = evaluation_prompts(stage["generate"])
         sampler = Sampler(stage, variant)
+        check_images(prompts, sampler.manifest.images, stage["generate"].manifest)
+        check_sampling(sampler.manifest, stage["sampling"])
         units = {}
         for prompt in track(prompts, f"generate@{variant}"):
             key = stage.key(
@@ -67,7 +70,7 @@ class Sampler:
             self.stage["sampling"],
             prompt.prompt,
             prompt.negative_prompt,
-            prompt.load_image(),
+            prompt.load_images(),
             prompt.seed,
             "pt",
         )
@@ -79,11 +82,11 @@ class Sampler:
         """The pipeline: the source's for the reference variant, else that of the packed folder."""
         compute, sampling = self.stage["compute"], self.stage["sampling"]
         if self.variant == REFERENCE:
-            return source_pipeline(self.manifest, compute, sampling)
+            with self.stage.units.scratch() as folder:
+                return source_pipeline(self.manifest, compute, sampling, folder)
         packed = artifacts.checkpoint(self.variant)
-        return ready_to_sample(
-            lambda: place_pipeline(load_pipeline(packed, dtype=torch_dtype(compute.dtype)), compute.device), sampling
-        )
+        dtype, place = torch_dtype(compute.dtype), (compute.device, compute.offload)
+        return ready_to_sample(lambda: place_pipeline(load_pipeline(packed, dtype=dtype), *place), sampling)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from stages._stage import Expert, ParamsFile, Place, open_stage
 from stepquant.calibration.statistics_files import site_folder, tokens_per_column
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.manifest import read_manifest
+from stepquant.models.sites import Site
 from stepquant.recipe.round import round_site
 from stepquant.recipe.settings import RoundSettings
 from stepquant.recipe.site_files import ResidualFactors
@@ -29,7 +30,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
-        for site in WAN_SITES:
+        for site in read_manifest(artifacts.MODEL).expert(expert).ordered_sites:
             warn_of_few_tokens(expert, site)
         settings = RoundSettings(stage["format"], stage["lowrank"], stage["gptq"])
         run_blocks(stage, expert, sources, artifacts.residual(expert), partial(round_residual, settings, expert))

@@ -5,10 +5,8 @@ from pathlib import Path
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, open_stage
 from stepquant.command_runner import command, main
-from stepquant.models.loras import record_loras
+from stepquant.models.manifest import write_manifest
 from stepquant.models.source import describe_source, resolve_source
-from stepquant.storage.atomic import write_text
-from stepquant.storage.json_files import to_json
 
 READS = ("model",)
 
@@ -22,8 +20,8 @@ def model(params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params) as stage:
         source = stage["model"]
         folder = resolve_source(source.source, source.revision)
-        manifest = record_loras(describe_source(folder, source.source, source.revision), folder, source.loras)
-        write_text(artifacts.MODEL, to_json(manifest.model_dump(mode="json")))
+        manifest = describe_source(folder, source.source, source.revision, source.loras)
+        write_manifest(artifacts.MODEL, manifest)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest, read_manifest
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.sites import Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.quantized_layer import QuantizedLayer
 from stepquant.recipe.assemble import nearest_layer, variant_clip
@@ -23,16 +23,18 @@ from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.json_files import read_json
+from stepquant.torch_setup import torch_dtype
 
-READS = ("compute", "format")
+READS = ("compute", "format", "sampling")
 
 
 @command
 def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None:
     """Write one variant as a diffusers checkpoint, both experts.
 
-    Reads the params sections compute and format, artifacts/model and, as far as the
-    variant needs them, artifacts/lowrank, artifacts/residual and artifacts/clip. Writes artifacts/checkpoints/VARIANT/.
+    Reads the params sections compute, format and sampling (whose timestep shift the packed scheduler
+    gets), artifacts/model and, as far as the variant needs them, artifacts/lowrank, artifacts/residual
+    and artifacts/clip. Writes artifacts/checkpoints/VARIANT/.
     """
     recipe = packed_variant(variant)
     with open_stage(__file__, READS, params, variant=variant) as stage:
@@ -41,8 +43,13 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
         packers = [Packer(recipe, stage, manifest, expert) for expert in manifest.experts]
         if artifacts.checkpoint(variant).exists():
             shutil.rmtree(artifacts.checkpoint(variant))
-        experts = {p.described.subfolder: (p.settings(), p.blocks(), p.model.weights) for p in packers}
-        write_checkpoint(source, artifacts.checkpoint(variant), experts)
+        write_checkpoint(
+            source,
+            artifacts.checkpoint(variant),
+            {p.described.subfolder: (p.settings(), p.blocks(), p.model.weights) for p in packers},
+            dtype=torch_dtype(stage["compute"].dtype),
+            flow_shift=stage["sampling"].flow_shift,
+        )
 
 
 class Packer:
@@ -51,6 +58,7 @@ class Packer:
     def __init__(self, variant: Variant, stage: Stage, manifest: ModelManifest, expert: str):
         """Read what the variant needs to know in advance: rank, mean subtraction and bin edges. Checks shapes."""
         self.variant, self.described = variant, manifest.expert(expert)
+        self.sites = self.described.ordered_sites
         self.scheme = quant_scheme(stage["format"])
         # Codes of GPTQ are laid out anew, which needs no device.
         compute = stage["compute"].model_copy(update={"device": "cpu"}) if variant.gptq else stage["compute"]
@@ -60,7 +68,7 @@ class Packer:
             "residual": artifacts.residual(expert),
             "clip": artifacts.clip(expert),
         }
-        self.rank = self._block(0).transform_factors(WAN_SITES[0]).proj_down.shape[1] if variant.low_rank else 0
+        self.rank = self._block(0).transform_factors(self.sites[0]).proj_down.shape[1] if variant.low_rank else 0
         check_shapes(manifest, expert, stage["format"], self.rank)
         self.mean_subtraction = (
             variant.low_rank and read_json(self.folders["lowrank"] / "manifest.json")["mean_subtraction"]
@@ -73,7 +81,7 @@ class Packer:
         """The quantization_config of this expert."""
         targets: list[str] = []
         rotations: dict[str, int] = {}
-        for index, site in product(range(self.described.blocks), WAN_SITES):
+        for index, site in product(range(self.described.blocks), self.sites):
             names = [f"blocks.{index}.{linear}" for linear in site.linears]
             rotation = self._block(index).transform_factors(site).rotation if self.variant.low_rank else 0
             targets += names
@@ -95,7 +103,7 @@ class Packer:
         for index in track(range(self.described.blocks), f"pack {self.described.subfolder}"):
             block = self._block(index)
             packed: dict[str, PackedLinear] = {}
-            for site in WAN_SITES:
+            for site in self.sites:
                 packed |= {f"blocks.{index}.{path}": linear for path, linear in self._pack_site(block, site).items()}
             yield index, packed
 
@@ -106,8 +114,7 @@ class Packer:
         table = block.clip_table(site) if self.variant.clip else None
         clip = variant_clip(self.variant, table, len(self.edges) - 1, self.scheme)
         biases = {linear: self.model.linear_bias(block.index, linear) for linear in site.linears}
-        shapes = self.described.sites[site.name].linears
-        linears = {path: shapes[path] for path in site.linears}
+        linears = self.described.sites[site.name].linears
         return pack_site(self._layer(block, site), linears, biases, clip, mean_subtraction=self.mean_subtraction)
 
     def _layer(self, block: StoredBlock, site: Site) -> QuantizedLayer:

@@ -1,8 +1,10 @@
 """report: one page over all variants, and the numbers that DVC compares."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, Place, open_stage
@@ -24,14 +26,19 @@ PREVIEW_WIDTH = 128
 
 
 @command
-def report(params: ParamsFile = Path("params.yaml")) -> None:
+def report(
+    params: ParamsFile = Path("params.yaml"),
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Show this variant only; can be repeated. Without it, all that were made.")
+    ] = None,
+) -> None:
     """Gather all variants into one page, and write the numbers that `dvc metrics` shows.
 
     Reads all params (the page shows them), and the artifacts model, metrics, videos and clip.
     Writes artifacts/report/ (index.html, plots, preview.gif) and metrics.json.
     """
     with open_stage(__file__, READS, params, device=Place.NOWHERE) as stage:
-        manifest, records = read_manifest(artifacts.MODEL), read_records(artifacts.METRICS)
+        manifest, records = read_manifest(artifacts.MODEL), read_records(artifacts.METRICS, variant)
         prompts, variants = evaluation_prompts(stage["generate"]), [record.variant for record in records]
         contents = ReportContents(
             title=stage["report"].title,

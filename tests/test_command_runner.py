@@ -42,12 +42,23 @@ def test_a_user_s_mistake_is_one_message_and_exit_code_2():
     assert result.stderr == "error: params.yaml: rank: found -1; allowed: 0 or more\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT])
-def test_what_the_file_system_refuses_is_the_user_s_to_fix(number):
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EPERM, "make the folder writable"),
+        (errno.ENOTSUP, "work in a folder on another disk"),
+        (errno.ENOSYS, "work in a folder on another disk"),
+    ],
+)
+def test_what_the_file_system_refuses_is_the_user_s_to_fix(number, remedy):
     result = invoke(raising(OSError(number, "refused", "artifacts/model")))
     assert result.exit_code == 2
     assert result.stderr.startswith("error: artifacts/model: ") and result.stderr.count("\n") == 1
-    assert "free space or make the folder writable" in result.stderr
+    assert remedy in result.stderr
 
 
 @pytest.mark.parametrize(

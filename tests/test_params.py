@@ -62,6 +62,8 @@ REFUSALS = [
     ("compute.threads", 0, "greater than 0"),
     ("compute.threads", "2", "integer"),
     ("compute.threads", True, "integer"),
+    ("compute.offload", "sequential", "'none', 'model', 'group' or 'disk'"),
+    ("compute.offload", "model", "no GPU memory to save with compute.device: cpu; set compute.offload: none, or a GPU"),
     ("compute.executor", "dask", "'local' or 'ray'"),
     ("compute.workers", 0, "greater than 0"),
     ("compute.address", "ray://head", "match pattern"),
@@ -143,12 +145,14 @@ def test_plumbing_is_all_that_a_result_cannot_depend_on(tmp_path):
         tmp_path,
         [
             ("compute.workers", 7),
+            ("compute.device", "cuda"),
+            ("compute.offload", "disk"),
             ("compute.executor", "ray"),
             ("compute.gpus_per_unit", 0.5),
             ("compute.address", "head:6379"),
         ],
     )
-    assert params.section(path, "compute").decisive() == {"device": "cpu", "dtype": "float32", "threads": 1}
+    assert params.section(path, "compute").decisive() == {"device": "cuda", "dtype": "float32", "threads": 1}
     assert params.section(path, "capture").decisive() == params.section(path, "capture").model_dump()
 
 
@@ -235,3 +239,9 @@ def test_a_file_that_holds_no_sections(tmp_path, content, what):
 def test_a_file_that_is_not_there(tmp_path):
     assert refusal(tmp_path / "absent.yaml") == "no such file; `stepquant profile demo` writes one"
     assert refusal(tmp_path) == "no such file; `stepquant profile demo` writes one"
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    params.check(path)

@@ -25,7 +25,7 @@ import os, torch
 from stepquant.params import Compute
 from stepquant.torch_setup import prepare_torch
 
-where = {{"executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}}
+where = {{"offload": "none", "executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}}
 prepare_torch(Compute(device="cpu", dtype="float32", threads=1, **where))
 torch.nn.Linear(4, 4)(torch.zeros(1, 4))
 b = torch.backends
@@ -59,7 +59,14 @@ def test_a_prepared_process_is_deterministic_and_precise(before, workspace):
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_cannot_be_used_is_named(device):
     compute = Compute(
-        device=device, dtype="float32", threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+        device=device,
+        dtype="float32",
+        threads=1,
+        offload="none",
+        executor="local",
+        workers=1,
+        address=None,
+        gpus_per_unit=0,
     )
     before = torch.is_grad_enabled()
     with pytest.raises(UserError, match=f"compute.device: '{device}' cannot be used here: "):

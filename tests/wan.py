@@ -5,7 +5,10 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
+from stepquant.models.families import find_denoiser
+
 BLOCKS = 2
+SITES = find_denoiser("WanTransformer3DModel").sites({})
 CHANNELS, TEXT_LENGTH, TEXT_DIM = 36, 5, 32
 
 

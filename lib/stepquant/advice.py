@@ -1,8 +1,9 @@
 """Which parameter lowers the memory of a stage. `stepquant plan` prints it beforehand, a failed stage afterwards."""
 
-# The weights of a whole expert have to fit where videos are sampled.
+# The activations of a whole video have to fit where it is sampled, and the weights unless they are offloaded.
 SAMPLE_ELSEWHERE = (
-    "sample on a larger machine and fetch the out with DVC; sampling.num_frames, .height and .width change a few GB"
+    "set compute.offload: group (device) or disk (device and host), or lower sampling.num_frames, .height and .width, "
+    "or sample on a larger machine and fetch the out with DVC"
 )
 LESS_MEMORY = {
     "trajectories": SAMPLE_ELSEWHERE,

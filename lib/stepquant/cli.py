@@ -35,20 +35,21 @@ def check(params: Annotated[Path, typer.Option(help="The params file to check.")
 @app.command()
 @command
 def profile(
-    name: Annotated[
-        str, typer.Argument(help="demo, wan2.2-i2v-a14b, or paper (only a recipe, applied on top of either).")
-    ],
+    name: Annotated[str | None, typer.Argument(help="One of the profiles; without it, they are listed.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite your own changes.")] = False,
     params: Annotated[Path, typer.Option(help="The file to write.")] = Path("params.yaml"),
 ) -> None:
     """Write params.yaml from a ready-made profile. Your own changes are not overwritten unless --force is given."""
     ready = profiles.read_profiles()
-    if name not in ready:
-        raise UserError(f"no profile '{name}'; allowed: {', '.join(sorted(ready))}")
-    current = params.read_text() if params.exists() else None
+    if name is None:
+        for known, description in profiles.list_profiles(ready):
+            print(f"{known:22} {description}")
+        return
+    chosen = profiles.choose(ready, name)
+    current = params.read_text(encoding="utf-8-sig") if params.exists() else None
     if current is not None and not force and current not in profiles.written_by_profiles(ready):
         raise UserError(f"{params} has your own changes; keep them, or overwrite them with --force")
-    write_text(params, profiles.overlay(current, ready[name]))
+    write_text(params, profiles.overlay(current, chosen))
     parameters.check(params)
     print(f"{params}: now the profile {name}")
 
@@ -57,14 +58,17 @@ def profile(
 @command
 def show(
     folder: Annotated[Path, typer.Option(help="Where stage evaluate writes.")] = Path("artifacts/metrics"),
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Show this variant only; can be repeated. Without it, all that were made.")
+    ] = None,
 ) -> None:
-    """Print the summary table over all variants, and where the report is."""
+    """Print the summary table over the variants, and where the report is."""
     from rich.console import Console
 
     from stepquant.evaluate.metrics_file import read_records
     from stepquant.report.tables import brief_table, rich_table
 
-    Console().print(rich_table(brief_table(read_records(folder))))
+    Console().print(rich_table(brief_table(read_records(folder, variant))))
     print(f"full report: {folder.parent / 'report' / 'index.html'}")
 
 

@@ -18,7 +18,18 @@ from stepquant.advice import LESS_MEMORY
 from stepquant.errors import OutOfMemory, UserError
 
 # Refusals of the file system that the user can fix. Any other error is a bug of ours and keeps its traceback.
-_USER_CAN_FIX = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL, _READ_ONLY = "free space", "make the folder writable"
+_UNABLE = "this disk cannot do what is needed here; work in a folder on another disk"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _READ_ONLY,
+    errno.EACCES: _READ_ONLY,
+    errno.EPERM: _READ_ONLY,
+    errno.ENOTSUP: _UNABLE,
+    errno.EOPNOTSUPP: _UNABLE,
+    errno.ENOSYS: _UNABLE,
+}
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -54,11 +65,10 @@ def user_error(error: Exception) -> UserError | None:
         where = "the host" if isinstance(error, MemoryError) else "compute.device"
         return OutOfMemory(": ".join(filter(None, (f"out of memory on {where}", _first_sentences(str(error))))))
     number = _error_number(error) if isinstance(error, OSError | SafetensorError) else None
-    if number not in _USER_CAN_FIX:
+    if number is None or number not in _REMEDIES:
         return None
     where = getattr(error, "filename", None) or f"a file below {Path.cwd()}"
-    what = f"{os.strerror(number)}; free space or make the folder writable, then run the same command again"
-    return UserError(f"{where}: {what}")
+    return UserError(f"{where}: {os.strerror(number)}; {_REMEDIES[number]}, then run the same command again")
 
 
 def main(function: Callable[..., None]) -> None:

@@ -4,6 +4,8 @@ The models have no defaults. DVC tracks only the values in params.yaml, so every
 docs/parameters.md explains the effect of each key.
 """
 
+from os.path import normpath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -35,21 +37,32 @@ class Compute(Section):
         device: torch device, such as `cpu`, `cuda` or `cuda:1`.
         dtype: dtype of the unquantized parts.
         threads: CPU threads. Matrix decompositions give other bytes with another number of threads.
+        offload: Where the pipeline is while it samples (models/offload.py); `none` on a CPU.
         executor: `local` processes or a `ray` cluster.
         workers: Units of work at a time. With `local`, 1 runs them in the process of the stage.
         address: host:port of a running Ray cluster; null starts one on this machine.
         gpus_per_unit: GPUs that Ray gives to one unit of work: a fraction of one GPU, or a whole number.
     """
 
-    plumbing = ("executor", "workers", "address", "gpus_per_unit")
+    plumbing = ("offload", "executor", "workers", "address", "gpus_per_unit")
 
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: Positive
+    offload: Literal["none", "model", "group", "disk"]
     executor: Literal["local", "ray"]
     workers: Positive
     address: Annotated[str, Field(pattern=r"^[^:/]+:\d+$")] | None
     gpus_per_unit: Annotated[float, Field(ge=0)]
+
+    @field_validator("offload")
+    @classmethod
+    def _no_offload_from_a_cpu(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("device", "").partition(":")[0] == "cpu":
+            raise ValueError(
+                "there is no GPU memory to save with compute.device: cpu; set compute.offload: none, or a GPU"
+            )
+        return value
 
     @field_validator("executor")
     @classmethod
@@ -75,13 +88,20 @@ class Lora(Section):
 
     Attributes:
         expert: Name of the expert.
-        file: safetensors file.
+        file: safetensors file in data/models, which DVC watches.
         weight: Factor of what it adds.
     """
 
     expert: str
     file: str
     weight: float
+
+    @field_validator("file")
+    @classmethod
+    def _watched(cls, value: str) -> str:
+        if not PurePosixPath(normpath(value)).is_relative_to("data/models"):
+            raise ValueError("allowed: a file in data/models/, whose changes DVC notices")
+        return value
 
 
 class Model(Section):

@@ -7,10 +7,9 @@ expert.
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stepquant.errors import UserError
+from stepquant.errors import MissingFile, UserError
 from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth
 from stepquant.param_sections import (
     Bins,
@@ -25,6 +24,7 @@ from stepquant.param_sections import (
     Storage,
     Trajectories,
 )
+from stepquant.storage.yaml_files import read_yaml
 
 __all__ = [
     "OVERRIDABLE",
@@ -71,6 +71,8 @@ SECTIONS: dict[str, Any] = {
     "evaluate": Evaluate,
     "report": Report,
 }
+# Folder of the manifest that a section names: a dependency of the stages that read it.
+WATCHED = {"trajectories": "data/calibration", "generate": "data/evaluation"}
 OVERRIDABLE = ("smooth", "center", "rotate", "lowrank", "gptq", "clip")
 
 
@@ -94,14 +96,12 @@ def read_params(path: Path) -> dict[str, Any]:
     """The whole file as plain data.
 
     Raises:
-        UserError: The file is missing, is not YAML, or has a section that does not exist.
+        UserError: The file is missing, is not YAML, has a key twice, or has a section that does not exist.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; `stepquant profile demo` writes one") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(path)
+    except MissingFile:
+        raise MissingFile(f"{path}: no such file; `stepquant profile demo` writes one") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found {type(raw).__name__}; expected sections such as {', '.join(SECTIONS)}")
     unknown = sorted(set(raw) - set(SECTIONS) - {"experts"})
@@ -134,6 +134,12 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
     return _validate(SECTIONS[name], values, path, prefix)
 
 
+def expert_names(path: Path) -> list[str] | None:
+    """The experts for which dvc.yaml runs stages; None if the file has no such section."""
+    experts = read_params(path).get("experts")
+    return list(experts) if isinstance(experts, dict) else None
+
+
 def check(path: Path) -> None:
     """Validate the whole file: every section, and every section with the overrides of each expert.
 
@@ -146,11 +152,23 @@ def check(path: Path) -> None:
         raise UserError(f"{path}: bins has {sorted(binned)}; allowed: exactly the experts, {sorted(experts)}")
     for number, lora in enumerate(section(path, "model").loras):
         if lora.expert not in experts:
-            raise UserError(f"{path}: model.loras.{number}.expert: {lora.expert!r}; allowed: {', '.join(experts)}")
+            raise UserError(
+                f"{path}: model.loras.{number}.expert: found {lora.expert!r}; allowed: {', '.join(experts)}"
+            )
     for name in SECTIONS:
         section(path, name)
+        _check_watched(path, name)
         for expert in experts if name in OVERRIDABLE else ():
             section(path, name, expert)
+
+
+def _check_watched(path: Path, name: str) -> None:
+    """Refuse a manifest of prompts whose changes DVC would not notice: dvc.yaml names a folder for each."""
+    if name in WATCHED and not section(path, name).manifest.startswith(f"{WATCHED[name]}/"):
+        found = section(path, name).manifest
+        raise UserError(
+            f"{path}: {name}.manifest: found {found!r}; allowed: a file in {WATCHED[name]}/, which DVC watches"
+        )
 
 
 def _take(raw: dict[str, Any], path: Path, dotted: str) -> dict[str, Any]:

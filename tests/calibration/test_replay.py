@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -5,9 +6,8 @@ import torch
 
 from stepquant.calibration import replay
 from stepquant.calibration.replay import BlockObservers, replay_block, site_inputs
-from stepquant.models.denoiser import Denoiser, block_inputs
-from stepquant.models.sites import WAN_SITES
-from tests.wan import BLOCKS, load_expert, random_calls, save_expert
+from stepquant.models.denoiser import Denoiser
+from tests.wan import BLOCKS, SITES, load_expert, random_calls, save_expert
 
 COUNT = 5
 
@@ -51,24 +51,22 @@ def test_block_by_block_gives_what_the_whole_model_gives(folder, size):
     outputs, linears = whole_model(folder, calls)
     denoiser = Denoiser(folder, "cpu", torch.float32)
     with torch.no_grad():
-        prologue = denoiser.prologue()
-        first = [
-            (p, block_inputs(prologue, **{k: v[s] for k, v in calls.items()})) for p, s in batches(lambda s: s, size)
-        ]
+        glue = denoiser.glue()
+        first = [(p, glue.inputs({k: v[s] for k, v in calls.items()})) for p, s in batches(lambda s: s, size)]
     for index in range(BLOCKS):
-        observed = {site.name: [] for site in WAN_SITES}
+        observed = {site.name: [] for site in SITES}
 
         def observe(site, x, positions, observed=observed):
             assert len(x) == len(positions)
             observed[site].append(x)
 
-        replayed = list(replay_block(denoiser.block(index), WAN_SITES, first, observe))
+        replayed = list(replay_block(denoiser.block(index), SITES, first, observe))
         assert [positions for positions, _ in replayed] == [positions for positions, _ in first]
         assert close(torch.cat([output for _, output in replayed]), outputs[index])
-        for site in WAN_SITES:
+        for site in SITES:
             for linear in site.linears:
                 assert close(torch.cat(observed[site.name]), linears[index][linear])
-        first = [(p, inputs.with_hidden_states(output)) for (p, inputs), (_, output) in zip(first, replayed)]
+        first = [(p, replace(inputs, hidden_states=output)) for (p, inputs), (_, output) in zip(first, replayed)]
 
 
 def test_the_whole_batch_at_once_is_exact(folder):
@@ -76,17 +74,17 @@ def test_the_whole_batch_at_once_is_exact(folder):
     outputs, _ = whole_model(folder, calls)
     denoiser = Denoiser(folder, "cpu", torch.float32)
     with torch.no_grad():
-        inputs = block_inputs(denoiser.prologue(), **calls)
+        inputs = denoiser.glue().inputs(calls)
     for index in range(BLOCKS):
-        ((_, output),) = replay_block(denoiser.block(index), WAN_SITES, [(range(COUNT), inputs)], lambda *_: None)
+        ((_, output),) = replay_block(denoiser.block(index), SITES, [(range(COUNT), inputs)], lambda *_: None)
         assert torch.equal(output, outputs[index])
-        inputs = inputs.with_hidden_states(output)
+        inputs = replace(inputs, hidden_states=output)
 
 
 def test_hooks_are_gone_afterwards_even_after_a_failure(folder):
     block = Denoiser(folder, "cpu", torch.float32).block(0)
-    with pytest.raises(RuntimeError, match="stopped"), site_inputs(block, WAN_SITES, lambda *_: None):
-        assert sum(len(module._forward_pre_hooks) for module in block.modules()) == len(WAN_SITES)
+    with pytest.raises(RuntimeError, match="stopped"), site_inputs(block, SITES, lambda *_: None):
+        assert sum(len(module._forward_pre_hooks) for module in block.modules()) == len(SITES)
         raise RuntimeError("stopped")
     assert not any(module._forward_pre_hooks for module in block.modules())
 
@@ -97,16 +95,14 @@ def test_the_input_of_the_text_does_not_depend_on_t(folder):
     denoiser = Denoiser(folder, "cpu", torch.float32)
     observed = []
     with torch.no_grad():
-        prologue, block = denoiser.prologue(), denoiser.block(0)
+        glue, block = denoiser.glue(), denoiser.block(0)
         for t in (1000.0, 500.0):
-            inputs = block_inputs(prologue, **(calls | {"timestep": torch.tensor([t])}))
+            inputs = glue.inputs(calls | {"timestep": torch.tensor([t])})
             found = {}
-            list(
-                replay_block(block, WAN_SITES, [(range(1), inputs)], lambda site, x, positions: found.update({site: x}))
-            )
+            list(replay_block(block, SITES, [(range(1), inputs)], lambda site, x, positions: found.update({site: x})))
             observed.append(found)
-    same = {site.name: torch.equal(observed[0][site.name], observed[1][site.name]) for site in WAN_SITES}
-    assert same == {site.name: not site.depends_on_timestep for site in WAN_SITES}
+    same = {site.name: torch.equal(observed[0][site.name], observed[1][site.name]) for site in SITES}
+    assert same == {site.name: not site.depends_on_timestep for site in SITES}
 
 
 def test_sums_are_on_the_device_of_the_input(monkeypatch):

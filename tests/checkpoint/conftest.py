@@ -8,15 +8,15 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 
 from stepquant.checkpoint.packed import pack_linear
 from stepquant.formats import get_format, weight_scales
-from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import rotate
 from stepquant.runtime.layout import QuantizationSettings
+from tests.wan import SITES
 
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
-TARGETS = tuple(f"blocks.{i}.{linear}" for i in range(2) for site in WAN_SITES for linear in site.linears)
+TARGETS = tuple(f"blocks.{i}.{linear}" for i in range(2) for site in SITES for linear in site.linears)
 EDGES = {"transformer": (1000.0, 950.0, 925.0, 900.0), "transformer_2": (900.0, 600.0, 300.0, 0.0)}
 RATIOS = [1.0, 0.7, 0.4]
 

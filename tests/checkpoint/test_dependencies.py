@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import stepquant
 from stepquant.checkpoint.writer import write_checkpoint
@@ -92,7 +93,7 @@ def test_dependencies_are_few_and_have_lower_bounds_only():
 def test_a_checkpoint_loads_and_runs_without_the_extras(source, tools, tmp_path):
     settings = {name: tools.settings(name, "int4", "int4", rank=8) for name in tools.edges}
     blocks = {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()}
-    write_checkpoint(source, tmp_path / "out", blocks)
+    write_checkpoint(source, tmp_path / "out", blocks, dtype=torch.float32, flow_shift=5.0)
     packages = hidden("pipeline", "ray", "s3", "training")
     assert {"pydantic", "typer", "rich", "zarr", "av", "dvc", "skimage", "matplotlib"} <= set(packages.split(","))
     result = run(LOAD, packages, str(tmp_path / "out"))

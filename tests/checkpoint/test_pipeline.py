@@ -26,7 +26,13 @@ FORMATS = [("int4", "int4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("nvfp4", N
 def checkpoint(request, source, tools, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoint") / "out"
     settings = {name: tools.settings(name, *request.param, rank=8) for name in tools.edges}
-    write_checkpoint(source, out, {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()})
+    write_checkpoint(
+        source,
+        out,
+        {name: (s, tools.blocks(source / name, s)) for name, s in settings.items()},
+        dtype=torch.float32,
+        flow_shift=5.0,
+    )
     return out
 
 

@@ -29,7 +29,7 @@ def expert(source, tools):
 
 def test_every_tensor_is_on_disk(expert, tmp_path):
     source, settings, blocks = expert
-    write_expert(source, tmp_path / "out", settings, blocks())
+    write_expert(source, tmp_path / "out", settings, blocks(), dtype=torch.float32)
     weights, original = open_weights(tmp_path / "out"), open_weights(source)
     expected = {key: original.get(key) for key in original if key.removesuffix(".weight") not in settings.targets}
     for _, block in blocks():
@@ -44,7 +44,7 @@ def test_every_tensor_is_on_disk(expert, tmp_path):
 
 def test_shards_index_and_config(expert, tmp_path):
     source, settings, blocks = expert
-    write_expert(source, tmp_path / "out", settings, blocks())
+    write_expert(source, tmp_path / "out", settings, blocks(), dtype=torch.float32)
     shards = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index_name = "diffusion_pytorch_model.safetensors.index.json"
     assert sorted(files_of(tmp_path / "out")) == sorted([*shards, index_name, "config.json"])
@@ -67,9 +67,9 @@ def test_shards_index_and_config(expert, tmp_path):
 def test_same_input_same_bytes(expert, tmp_path):
     """Also when the blocks come in another order."""
     source, settings, blocks = expert
-    write_expert(source, tmp_path / "a", settings, blocks())
-    write_expert(source, tmp_path / "b", settings, blocks())
-    write_expert(source, tmp_path / "c", settings, reversed(list(blocks())))
+    write_expert(source, tmp_path / "a", settings, blocks(), dtype=torch.float32)
+    write_expert(source, tmp_path / "b", settings, blocks(), dtype=torch.float32)
+    write_expert(source, tmp_path / "c", settings, reversed(list(blocks())), dtype=torch.float32)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c")
 
 
@@ -83,8 +83,8 @@ def test_sharded_source(expert, tmp_path):
     for name in set(weight_map.values()):
         save_file({key: t for key, t in tensors.items() if weight_map[key] == name}, sharded / name)
     (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    write_expert(source, tmp_path / "a", settings, blocks())
-    write_expert(sharded, tmp_path / "b", settings, blocks())
+    write_expert(source, tmp_path / "a", settings, blocks(), dtype=torch.float32)
+    write_expert(sharded, tmp_path / "b", settings, blocks(), dtype=torch.float32)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
@@ -102,14 +102,14 @@ def test_one_block_at_a_time(expert, tmp_path):
             yield item
             del item
 
-    write_expert(source, tmp_path / "out", settings, watched())
+    write_expert(source, tmp_path / "out", settings, watched(), dtype=torch.float32)
     assert len(alive) == len(settings.targets)
 
 
 def test_blocks_must_match_the_settings(expert, tmp_path):
     source, settings, blocks = expert
     with pytest.raises(ValueError, match="the blocks have 10 linears; they must be the 20 targets"):
-        write_expert(source, tmp_path / "out", settings, list(blocks())[:1])
+        write_expert(source, tmp_path / "out", settings, list(blocks())[:1], dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,16 +121,16 @@ def test_a_failure_leaves_nothing(expert, tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_expert(source, tmp_path / "out", settings, failing())
+        write_expert(source, tmp_path / "out", settings, failing(), dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_run_are_replaced(expert, tmp_path):
     source, settings, blocks = expert
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "block-00009.safetensors").write_bytes(b"half")
-    write_expert(source, tmp_path / "out", settings, blocks())
-    write_expert(source, tmp_path / "clean", settings, blocks())
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "block-00009.safetensors").write_bytes(b"half")
+    write_expert(source, tmp_path / "out", settings, blocks(), dtype=torch.float32)
+    write_expert(source, tmp_path / "clean", settings, blocks(), dtype=torch.float32)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "clean")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "out"]
 
@@ -138,14 +138,14 @@ def test_leftovers_of_a_killed_run_are_replaced(expert, tmp_path):
 def test_existing_folder(expert, tmp_path):
     source, settings, blocks = expert
     with pytest.raises(UserError, match="exists; remove it first"):
-        write_expert(source, tmp_path, settings, blocks())
+        write_expert(source, tmp_path, settings, blocks(), dtype=torch.float32)
 
 
 def test_source_without_config(expert, tmp_path):
     _, settings, _ = expert
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
-        write_expert(tmp_path / "empty", tmp_path / "out", settings, [])
+    with pytest.raises(UserError, match="config.json: no such file"):
+        write_expert(tmp_path / "empty", tmp_path / "out", settings, [], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
@@ -154,15 +154,15 @@ def test_broken_json(source, tools, tmp_path, name):
     shutil.copytree(source, broken)
     (broken / name).write_text("{")
     with pytest.raises(UserError, match=f"{name}: not JSON"):
-        write_checkpoint(broken, tmp_path / "out", experts(source, tools))
+        write_checkpoint(broken, tmp_path / "out", experts(source, tools), dtype=torch.float32, flow_shift=5.0)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_source_is_quantized_already(expert, tmp_path):
     source, settings, blocks = expert
-    write_expert(source, tmp_path / "once", settings, blocks())
+    write_expert(source, tmp_path / "once", settings, blocks(), dtype=torch.float32)
     with pytest.raises(UserError, match="is already quantized"):
-        write_expert(tmp_path / "once", tmp_path / "twice", settings, blocks())
+        write_expert(tmp_path / "once", tmp_path / "twice", settings, blocks(), dtype=torch.float32)
 
 
 def test_source_lacks_a_target(expert, tmp_path):
@@ -173,7 +173,7 @@ def test_source_lacks_a_target(expert, tmp_path):
     del tensors["blocks.1.ffn.net.2.weight"]
     save_file(tensors, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match="no tensor named 'blocks.1.ffn.net.2.weight'"):
-        write_expert(other, tmp_path / "out", settings, blocks())
+        write_expert(other, tmp_path / "out", settings, blocks(), dtype=torch.float32)
 
 
 def experts(source, tools):
@@ -182,7 +182,7 @@ def experts(source, tools):
 
 
 def test_checkpoint_is_a_complete_pipeline(source, tools, tmp_path):
-    write_checkpoint(source, tmp_path / "out", experts(source, tools))
+    write_checkpoint(source, tmp_path / "out", experts(source, tools), dtype=torch.float32, flow_shift=5.0)
     original, written = files_of(source), files_of(tmp_path / "out")
     kept = {name: content for name, content in original.items() if not name.startswith("transformer")}
     assert {name: content for name, content in written.items() if not name.startswith("transformer")} == kept
@@ -192,19 +192,19 @@ def test_checkpoint_is_a_complete_pipeline(source, tools, tmp_path):
 
 def test_an_expert_that_is_not_quantized_is_copied(source, tools, tmp_path):
     low = {"transformer_2": experts(source, tools)["transformer_2"]}
-    write_checkpoint(source, tmp_path / "out", low)
+    write_checkpoint(source, tmp_path / "out", low, dtype=torch.float32, flow_shift=5.0)
     assert files_of(source / "transformer") == files_of(tmp_path / "out" / "transformer")
     assert "quantization_config" in json.loads((tmp_path / "out" / "transformer_2" / "config.json").read_text())
 
 
 def test_no_pipeline(source, tools, tmp_path):
-    with pytest.raises(UserError, match="no model_index.json"):
-        write_checkpoint(source / "transformer", tmp_path / "out", {})
+    with pytest.raises(UserError, match="model_index.json: no such file"):
+        write_checkpoint(source / "transformer", tmp_path / "out", {}, dtype=torch.float32, flow_shift=5.0)
 
 
 def test_unknown_component(source, tools, tmp_path):
     with pytest.raises(UserError, match="no component 'unet'; it has scheduler, transformer, transformer_2, vae"):
-        write_checkpoint(source, tmp_path / "out", {"unet": (None, [])})
+        write_checkpoint(source, tmp_path / "out", {"unet": (None, [])}, dtype=torch.float32, flow_shift=5.0)
 
 
 def test_missing_component(source, tools, tmp_path):
@@ -212,7 +212,7 @@ def test_missing_component(source, tools, tmp_path):
     shutil.copytree(source, broken)
     shutil.rmtree(broken / "vae")
     with pytest.raises(UserError, match="vae: no such folder, but model_index.json names"):
-        write_checkpoint(broken, tmp_path / "out", experts(source, tools))
+        write_checkpoint(broken, tmp_path / "out", experts(source, tools), dtype=torch.float32, flow_shift=5.0)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -220,8 +220,8 @@ def test_pickles_are_not_copied(source, tools, tmp_path):
     mixed = tmp_path / "source"
     shutil.copytree(source, mixed)
     (mixed / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
-    write_checkpoint(mixed, tmp_path / "out", experts(source, tools))
+    write_checkpoint(mixed, tmp_path / "out", experts(source, tools), dtype=torch.float32, flow_shift=5.0)
     assert files_of(tmp_path / "out" / "vae") == files_of(source / "vae")
     (mixed / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="vae: found only pickled weights .diffusion_pytorch_model.bin"):
-        write_checkpoint(mixed, tmp_path / "again", experts(source, tools))
+        write_checkpoint(mixed, tmp_path / "again", experts(source, tools), dtype=torch.float32, flow_shift=5.0)

@@ -23,7 +23,7 @@ from tests.compute import work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = [ROOT / "lib/stepquant", ROOT / "tests"]
-LOCAL = {"executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0.0}
+LOCAL = {"offload": "none", "executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0.0}
 SPAWNED = pytest.mark.parametrize("kind", ["local", "ray"])
 ALL = pytest.mark.parametrize("kind", ["in process", "local", "ray"])
 

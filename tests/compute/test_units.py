@@ -180,3 +180,13 @@ def test_a_failed_gather_keeps_the_old_out_and_leaves_nothing_else(store, tmp_pa
         gather({"new": unit, "lost": Unit(store.root / "never made", "")}, out, {})
     assert contents(out) == {"old/a": "one"}
     assert {path.name for path in tmp_path.iterdir()} == {"units", "out"}
+
+
+def test_scratch_ends_with_its_block_or_with_the_next_sweep(store):
+    with store.scratch() as folder:
+        (folder / "large").write_text("a")
+    assert not folder.exists()
+    left = store.scratch()
+    folder = left.__enter__()  # and then the process is killed
+    store.sweep()
+    assert not folder.exists()

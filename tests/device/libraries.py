@@ -1,7 +1,8 @@
-"""What libraries beside torch know devices by name, taught the pretend device's name for the length of a block.
+"""What libraries beside torch have to be taught of the pretend device, for the length of a block.
 
-That is safetensors alone, whose Rust code accepts `cuda`, `npu`, `hpu` and a few more. Diffusers and accelerate go by
-torch.device and by the module torch.<name>.
+The Rust code of safetensors knows devices by name: `cuda`, `npu`, `hpu` and a few more. Diffusers and accelerate go by
+torch.device and by the module torch.<name>, but group offloading moves a parameter by `param.data = moved`, which torch
+allows for its own devices only.
 """
 
 import sys
@@ -12,25 +13,36 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from diffusers.hooks import group_offloading
+from torch import nn
 
 from tests.device.rules import NAME, is_pretended
 
 
 @contextmanager
 def libraries_that_know_the_device() -> Iterator[None]:
-    """Files can be read onto the device, and its tensors written."""
+    """Files can be read onto the device, its tensors written, and modules offloaded from it."""
     rust, flatten = safetensors.safe_open, safetensors.torch._flatten_as_ptr
+    is_other, swap = group_offloading._is_torchao_tensor, group_offloading._swap_torchao_tensor
 
     def flatten_on_cpu(tensors: dict[str, torch.Tensor], *args: Any) -> Any:
         return flatten({name: tensor.cpu() for name, tensor in tensors.items()}, *args)
 
     safetensors.torch._flatten_as_ptr = flatten_on_cpu
     _replace_everywhere("safe_open", rust, SafeOpen)
+    group_offloading._is_torchao_tensor, group_offloading._swap_torchao_tensor = lambda tensor: True, swap_contents
     try:
         yield
     finally:
         _replace_everywhere("safe_open", SafeOpen, rust)
         safetensors.torch._flatten_as_ptr = flatten
+        group_offloading._is_torchao_tensor, group_offloading._swap_torchao_tensor = is_other, swap
+
+
+def swap_contents(tensor: torch.Tensor, moved: torch.Tensor) -> None:
+    """Exchange the contents of a parameter or buffer, which may change its class but not whether it is a parameter."""
+    parameter = isinstance(tensor, nn.Parameter)
+    torch.utils.swap_tensors(tensor, nn.Parameter(moved, tensor.requires_grad) if parameter else moved)
 
 
 def _replace_everywhere(name: str, old: object, new: object) -> None:

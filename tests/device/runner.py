@@ -113,7 +113,7 @@ def lay_out(workspace: Workspace, folder: Path, out: str) -> None:
 
 def set_device(folder: Path, device: str) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["compute"]["device"] = device
+    params["compute"] |= {"device": device, "offload": "none" if device == "cpu" else "model"}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 

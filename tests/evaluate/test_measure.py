@@ -15,11 +15,12 @@ def test_the_first_frame_is_compared_with_the_image_that_the_model_was_given(tmp
     """A video whose first frame is that image is at the cap; it was not, by the picture's resampling."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 128, 3), dtype=np.uint8))
     picture.save(tmp_path / "picture.png")
-    pixels = VideoProcessor(vae_scale_factor=8).preprocess(picture, height=48, width=80)[0].permute(1, 2, 0)
+    middle = picture.crop((4, 0, 124, 72))  # 120 x 72, as 80 x 48
+    pixels = VideoProcessor(vae_scale_factor=8).preprocess(middle, height=48, width=80)[0].permute(1, 2, 0)
     frame = ((pixels * 0.5 + 0.5) * 255).round().numpy().astype(np.uint8)
     write_video(tmp_path / "full.mp4", np.stack([frame, frame]), fps=8)
     write_video(tmp_path / "bf16.mp4", np.stack([frame, 255 - frame]), fps=8)
-    prompt = Prompt("full", "evaluation", "a crab", "", tmp_path / "picture.png", 0)
+    prompt = Prompt("full", "evaluation", "a crab", "", {"image": tmp_path / "picture.png"}, 0)
     measured = measure_videos([prompt], lambda name: tmp_path / f"{name}.mp4", lambda name: tmp_path / "bf16.mp4")
     assert measured["full"].first_frame_psnr == PSNR_CAP
     assert measured["full"].psnr_frames == pytest.approx([PSNR_CAP, measured["full"].psnr_frames[1]])

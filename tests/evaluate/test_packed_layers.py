@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepquant.evaluate import packed_layers
-from stepquant.models.sites import WAN_SITES
+from tests.wan import SITES
 
 BLOCKS, BINS = 2, 3
 
@@ -55,8 +55,8 @@ def reads(monkeypatch):
 
 
 def test_every_linear_is_read_once_for_all_bins(reads, tmp_path):
-    described = SimpleNamespace(subfolder="transformer", blocks=BLOCKS)
+    described = SimpleNamespace(subfolder="transformer", blocks=BLOCKS, ordered_sites=SITES)
     manifest, compute = SimpleNamespace(experts={"denoiser": described}), SimpleNamespace(device="cpu")
     found = list(packed_layers.layer_errors(manifest, compute, tmp_path, lambda expert: tmp_path))
-    assert reads == {f"blocks.{i}.{path}": 1 for i in range(BLOCKS) for site in WAN_SITES for path in site.linears}
-    assert len(found) == BLOCKS * len(WAN_SITES) * BINS and {error.error for error in found} == {1.0}
+    assert reads == {f"blocks.{i}.{path}": 1 for i in range(BLOCKS) for site in SITES for path in site.linears}
+    assert len(found) == BLOCKS * len(SITES) * BINS and {error.error for error in found} == {1.0}

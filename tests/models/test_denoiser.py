@@ -1,13 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import UserError
-from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
-from stepquant.models.sites import WAN_SITES
-from tests.wan import BLOCKS, load_expert, random_calls, save_expert
+from stepquant.models.block_inputs import BlockInputs, KeptInputs
+from stepquant.models.denoiser import Denoiser
+from tests.wan import BLOCKS, SITES, load_expert, random_calls, save_expert
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -36,29 +37,30 @@ def block_calls(model, calls):
 
 
 @torch.no_grad()
-def test_prologue_and_blocks_compute_what_diffusers_computes(folder, dtype):
+def test_blocks_and_what_is_around_them_compute_what_diffusers_computes(folder, dtype):
     """Bit for bit, also in bfloat16, where diffusers keeps norms, modulation and time embedding in float32."""
     calls = random_calls(3, dtype)
     made = block_calls(load_expert(folder, dtype), calls)
     denoiser = Denoiser(folder, "cpu", dtype)
     assert len(made) == BLOCKS
-    inputs = block_inputs(denoiser.prologue(), **calls)
+    inputs = denoiser.glue().inputs(calls)
     hidden_states, text, timestep_proj, rotary = made[0][0][:4]
     assert inputs.hidden_states.shape == (3, 2 * 2 * 3, 64) and inputs.hidden_states.dtype == dtype
+    assert list(inputs.others) == ["encoder_hidden_states", "temb", "rotary_emb"]
     for ours, theirs in (
         (inputs.hidden_states, hidden_states),
-        (inputs.encoder_hidden_states, text),
-        (inputs.timestep_proj, timestep_proj),
-        (inputs.rotary_emb[0], rotary[0]),
-        (inputs.rotary_emb[1], rotary[1]),
+        (inputs.others["encoder_hidden_states"], text),
+        (inputs.others["temb"], timestep_proj),
+        (inputs.others["rotary_emb"][0], rotary[0]),
+        (inputs.others["rotary_emb"][1], rotary[1]),
     ):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     for index, (_, output) in enumerate(made):
-        hidden = denoiser.block(index)(
-            inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb
-        )
+        hidden = inputs.run(denoiser.block(index))
         assert hidden.dtype == output.dtype and torch.equal(hidden, output)
-        inputs = inputs.with_hidden_states(hidden)
+        inputs = replace(inputs, hidden_states=hidden)
+    expected = load_expert(folder, dtype)(**calls).sample
+    assert torch.equal(denoiser.glue().output(calls, hidden), expected)
 
 
 def test_parameters_have_the_values_and_dtypes_of_diffusers(folder, dtype):
@@ -66,13 +68,13 @@ def test_parameters_have_the_values_and_dtypes_of_diffusers(folder, dtype):
     block = dict(denoiser.block(1).named_parameters())
     for name, parameter in model.blocks[1].named_parameters():
         assert block[name].dtype == parameter.dtype and torch.equal(block[name], parameter)
-    assert not any(parameter.is_meta for parameter in denoiser.prologue().parameters())
+    assert not any(parameter.is_meta for parameter in denoiser.glue().model.parameters())
 
 
 def test_linear_weight_is_the_stored_weight_in_float32(folder):
     stored = load_file(folder / WEIGHTS)
     denoiser = Denoiser(folder, "cpu", torch.bfloat16)
-    for site in WAN_SITES:
+    for site in SITES:
         for linear in site.linears:
             assert torch.equal(denoiser.linear_weight(1, linear), stored[f"blocks.1.{linear}.weight"])
 
@@ -104,18 +106,29 @@ def test_weights_are_copied_to_the_device_before_they_are_cast(folder, monkeypat
     ]
 
 
-def test_inputs_that_are_kept_hold_no_hidden_states_and_one_rotary_embedding(folder):
-    """At the size of Wan2.2-I2V-A14B these are 335 MB and 34 MB per call, the rest 5 MB."""
-    prologue = Denoiser(folder, "cpu", torch.float32).prologue()
-    first, second = (block_inputs(prologue, **random_calls(count, torch.float32)) for count in (3, 2))
-    kept = first.kept(None)
-    again = second.kept(kept)
-    assert kept.hidden_states.untyped_storage().nbytes() == 0
-    assert all(a is b for a, b in zip(again.rotary_emb, first.rotary_emb))
-    assert again.encoder_hidden_states is second.encoder_hidden_states
-    assert again.timestep_proj is second.timestep_proj
-    other = BlockInputs(*[torch.ones(2)] * 3, (first.rotary_emb[0] + 1, first.rotary_emb[1]))
-    assert other.kept(kept).rotary_emb is other.rotary_emb
+def test_equal_arguments_of_chunks_are_kept_once(folder):
+    """Rotary embeddings are 34 MB at the size of Wan2.2-I2V-A14B."""
+    glue = Denoiser(folder, "cpu", torch.float32).glue()
+    first, second = (glue.inputs(random_calls(count, torch.float32)) for count in (3, 2))
+    kept = KeptInputs.of(first, None)
+    again = KeptInputs.of(second, kept)
+    assert all(a is b for a, b in zip(again.others["rotary_emb"], first.others["rotary_emb"]))
+    assert again.others["encoder_hidden_states"] is second.others["encoder_hidden_states"]
+    assert again.others["temb"] is second.others["temb"]
+    other = KeptInputs.of(replace(first, others={**first.others, "rotary_emb": first.others["temb"]}), kept)
+    assert other.others["rotary_emb"] is first.others["temb"]
+
+
+def test_modulation_per_token_is_kept_once_per_value_of_t():
+    """2 GB for a call of Wan2.2-TI2V-5B, of which two rows differ; the block gets all of it again."""
+    rows = torch.randn(2, 3, 6, 8)
+    modulation = rows.repeat_interleave(torch.tensor([4, 1, 15]), 1)
+    inputs = BlockInputs(torch.randn(2, 20, 8), "hidden_states", {"temb": modulation, "mask": None})
+    kept = KeptInputs.of(inputs, None)
+    assert kept.others["temb"].rows.shape == rows.shape
+    back = kept.with_hidden_states(inputs.hidden_states)
+    assert torch.equal(back.others["temb"], modulation) and back.others["mask"] is None
+    assert KeptInputs.of(inputs, kept).others["temb"] is kept.others["temb"]
 
 
 def test_the_sites_name_every_linear_of_a_block(folder):
@@ -124,7 +137,7 @@ def test_the_sites_name_every_linear_of_a_block(folder):
         for name, module in Denoiser(folder, "cpu", torch.float32).block(0).named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    assert found == {linear for site in WAN_SITES for linear in site.linears}
+    assert found == {linear for site in SITES for linear in site.linears}
 
 
 @pytest.fixture
@@ -159,7 +172,7 @@ def test_a_missing_tensor_of_a_block(changed, tmp_path):
 
 def test_a_missing_tensor_before_the_blocks(changed):
     assert "the checkpoint lacks patch_embedding.weight" in refusal(
-        changed(lambda tensors: tensors.pop("patch_embedding.weight")).prologue
+        changed(lambda tensors: tensors.pop("patch_embedding.weight")).glue
     )
 
 
@@ -168,7 +181,7 @@ def test_an_unexpected_tensor(changed):
         lambda tensors: tensors.update({"blocks.0.extra.weight": torch.zeros(2), "more": torch.zeros(2)})
     )
     assert "has an unknown tensor extra.weight" in refusal(denoiser.block, 0)
-    assert "has an unknown tensor more" in refusal(denoiser.prologue)
+    assert "has an unknown tensor more" in refusal(denoiser.glue)
 
 
 def test_a_tensor_of_another_shape(changed, tmp_path):

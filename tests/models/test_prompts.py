@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepquant.errors import UserError
-from stepquant.models.prompts import evaluation_prompts, read_manifest, take
+from stepquant.errors import InvalidInput, UserError
+from stepquant.models.families.description import PromptImages
+from stepquant.models.prompts import check_images, evaluation_prompts, read_manifest, take
 from stepquant.params import Generate
 
 ROW = {
@@ -61,7 +62,7 @@ def test_rows_are_read_in_order(manifest):
         "",
         7,
     )
-    assert first.image == path.parent.resolve() / "images/a.png"
+    assert first.images == {"image": path.parent.resolve() / "images/a.png"}
     assert (second.id, second.split, second.prompt, second.seed) == ("b", "heldout", "línea\u2028two", 0)
 
 
@@ -77,13 +78,43 @@ def test_a_digest_covers_everything_that_determines_the_sample(manifest):
         return read_manifest(manifest(ROW | changes))[0].digest()
 
     path = manifest(ROW)
-    row = json.dumps(["a_1", "calibration", "a dog runs", "", 7]).encode()
-    assert digest() == hashlib.sha256(row + (path.parent / "images/a.png").read_bytes()).hexdigest()
+    image = hashlib.sha256((path.parent / "images/a.png").read_bytes()).hexdigest()
+    row = ["a_1", "calibration", "a dog runs", "", 7, {"image": image}]
+    assert digest() == hashlib.sha256(json.dumps(row).encode()).hexdigest()
+    assert len({digest(), digest(image=None), digest(last_image="images/a.png")}) == 3
     assert digest(license="other") == digest()
     others = [digest(prompt="x"), digest(negative_prompt="x"), digest(seed=8), digest(split="heldout"), digest(id="b")]
     before = digest()
     Image.new("RGB", (8, 12)).save(path.parent / "images/a.png")
     assert len({before, digest(), *others}) == 7
+
+
+def test_images_are_those_that_the_row_has(manifest):
+    path = manifest(ROW | {"id": "none", "image": None}, ROW | {"id": "two", "last_image": "images/a.png"})
+    none, two = read_manifest(path)
+    assert none.images == {} and none.load_images() == {}
+    assert list(two.images) == list(two.load_images()) == ["image", "last_image"]
+
+
+@pytest.mark.parametrize(
+    ("images", "row", "what"),
+    [
+        (PromptImages(("image",)), {"image": None}, "has no 'image', which this model needs"),
+        (PromptImages(("image", "last_image")), {}, "has no 'last_image', which this model needs"),
+        (PromptImages(("image",)), {"last_image": "images/a.png"}, "has 'last_image', which this model would ignore"),
+        (PromptImages(), {}, "has 'image', which this model would ignore; allowed: no images (text-to-video)"),
+    ],
+)
+def test_images_that_do_not_fit_the_model(manifest, images, row, what):
+    prompts = read_manifest(manifest(ROW | row))
+    with pytest.raises(InvalidInput) as caught:
+        check_images(prompts, images, "prompts.jsonl")
+    assert str(caught.value).startswith(f"prompts.jsonl: prompt 'a_1' {what}")
+
+
+def test_an_optional_image_may_be_there_or_not(manifest):
+    prompts = read_manifest(manifest(ROW, ROW | {"id": "b", "last_image": "images/a.png"}))
+    check_images(prompts, PromptImages(("image",), ("last_image",)), "prompts.jsonl")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
@@ -113,7 +144,7 @@ def test_a_line_that_is_not_a_row(manifest, line, what):
     assert refusal(manifest(ROW, line)).startswith(f":2: {what}")
 
 
-@pytest.mark.parametrize("key", list(ROW))
+@pytest.mark.parametrize("key", [name for name in ROW if name != "image"])
 def test_a_missing_value_is_named(manifest, key):
     row = {name: value for name, value in ROW.items() if name != key}
     kind = "a whole number" if key == "seed" else "text"
@@ -160,7 +191,7 @@ def test_a_missing_image(manifest):
 def test_a_file_that_is_not_an_image(manifest):
     path = manifest(ROW)
     (path.parent / "images/a.png").write_text("no picture")
-    assert refusal(path).startswith(":1: image 'images/a.png' is no readable picture: ")
+    assert refusal(path).startswith(":1: image 'images/a.png': no readable picture: ")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -169,11 +200,11 @@ def test_a_truncated_image(manifest, suffix):
     file = path.parent / f"images/cut.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:-500])
-    assert refusal(path).startswith(f":1: image 'images/cut.{suffix}' is no readable picture: ")
+    assert refusal(path).startswith(f":1: image 'images/cut.{suffix}': no readable picture: ")
 
 
 def test_a_folder_is_not_an_image(manifest):
-    assert refusal(manifest(ROW | {"image": "images"})).startswith(":1: image 'images' is no readable picture: ")
+    assert refusal(manifest(ROW | {"image": "images"})).startswith(":1: image 'images': no readable picture: ")
 
 
 def test_take_gives_the_first_of_a_split(manifest):
@@ -190,3 +221,9 @@ def test_take_gives_the_first_of_a_split(manifest):
 def test_evaluation_prompts_are_those_of_the_evaluation_split(manifest):
     path = manifest(ROW, ROW | {"id": "e", "split": "evaluation"}, ROW | {"id": "f", "split": "evaluation"})
     assert [p.id for p in evaluation_prompts(Generate(manifest=str(path), prompts=1, fps=8))] == ["e"]
+
+
+def test_a_manifest_with_a_byte_order_mark(manifest):
+    path = manifest(ROW)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [p.id for p in read_manifest(path)] == ["a_1"]

@@ -94,6 +94,23 @@ def test_the_files_of_every_component_are_hashed(finished):
         assert digest == hashlib.sha256((finished / name).read_bytes()).hexdigest()
 
 
+def test_folders_that_are_no_components_are_not_hashed(source):
+    before = describe(source).files
+    for name in ("assets/clip.mp4", "image_encoder/config.json", ".cache/lock"):
+        (source / name).parent.mkdir()
+        (source / name).write_text("{}")
+    assert describe(source).files == before
+
+
+def test_a_component_behind_a_link_is_hashed(source, tmp_path):
+    before = describe(source)
+    (source / "transformer").rename(tmp_path / "elsewhere")
+    (source / "transformer").symlink_to(tmp_path / "elsewhere")
+    assert describe(source) == before
+    save_expert(tmp_path / "elsewhere", torch.bfloat16, seed=5)
+    assert describe(source).expert_digest("high_noise") != before.expert_digest("high_noise")
+
+
 def test_the_digest_of_an_expert_depends_on_its_own_files_only(source):
     before = describe(source)
     (source / "transformer_2/config.json").write_text((source / "transformer_2/config.json").read_text() + " ")
@@ -148,7 +165,7 @@ def test_weights_that_are_missing_truncated_or_pickled(source, component):
     [
         ("model_index.json", "_class_name"),
         ("scheduler/scheduler_config.json", "num_train_timesteps"),
-        ("transformer/config.json", "num_layers"),
+        ("transformer/config.json", "in_channels"),
     ],
 )
 def test_a_config_that_is_missing_broken_or_empty(source, file, key):
@@ -180,18 +197,6 @@ def test_a_folder_without_an_index_is_not_looked_up_on_the_hub(tmp_path, monkeyp
     (tmp_path / "owner/name").mkdir(parents=True)
     with pytest.raises(UserError, match="model.source: owner/name has no model_index.json"):
         resolve_source("owner/name", None)
-
-
-def test_a_hub_model_is_downloaded_without_pickles(monkeypatch, tmp_path):
-    asked = {}
-
-    def snapshot_download(name, *, revision, ignore_patterns):
-        asked.update(name=name, revision=revision, ignored=set(ignore_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert resolve_source("owner/name", "abc") == tmp_path
-    assert asked == {"name": "owner/name", "revision": "abc", "ignored": {"*.bin", "*.pt", "*.pth", "*.ckpt"}}
 
 
 def test_a_hub_id_without_a_model(monkeypatch, tmp_path):

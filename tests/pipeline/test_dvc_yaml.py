@@ -109,7 +109,7 @@ def lay_out(workspace: Workspace, stage: Stage, folder: Path) -> None:
 
 
 # No stage depends on these, so that whatever they say changes nothing: here something else than where `workspace` ran.
-ELSEWHERE = {"executor": "local", "workers": 1, "address": "elsewhere:6379", "gpus_per_unit": 0.5}
+ELSEWHERE = {"offload": "none", "executor": "local", "workers": 1, "address": "elsewhere:6379", "gpus_per_unit": 0.5}
 
 
 def restricted(params: dict, keys: list[str] | None) -> dict:

@@ -10,7 +10,6 @@ from stepquant.calibration.stored_block import StoredBlock
 from stepquant.evaluate.packed_layers import PackedExpert
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.models.sites import WAN_SITES
 from stepquant.quantize.quantized_layer import layer_output
 from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.site_files import ClipTable
@@ -26,7 +25,7 @@ def test_packed_linears_compute_what_their_factors_do(workspace, monkeypatch, ex
     block = StoredBlock(1, model, {"lowrank": artifacts.lowrank(expert), "residual": artifacts.residual(expert)})
     packed = PackedExpert(artifacts.checkpoint("full") / manifest.expert(expert).subfolder, "cpu")
     assert packed.settings.mean_subtraction and packed.settings.rotations
-    for site in WAN_SITES:
+    for site in manifest.expert(expert).ordered_sites:
         layer = block.quantized_layer(site, quant_scheme(formats))
         bias = torch.cat([model.linear_bias(1, linear) for linear in site.linears]).float()
         ratios = ClipTable.from_file(artifacts.clip(expert) / "block_01", site.name, "cpu").ratio

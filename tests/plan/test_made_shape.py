@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.make_shape import EXPERT, Shape, bin_edges, shards
 from stepquant.calibration.statistics_files import read_statistics, site_folder
-from stepquant.models.sites import WAN_SITES
 from stepquant.models.weights import open_weights
 from stepquant.plan.workload import timesteps
+from tests.wan import SITES
 
 
 def test_weights_have_the_tails_of_student_s_t(made):
@@ -20,7 +20,7 @@ def test_weights_have_the_tails_of_student_s_t(made):
     assert (weight.abs() > 4 * 256**-0.5).float().mean().item() == pytest.approx(0.0048, abs=0.0012)
 
 
-@pytest.mark.parametrize("site", WAN_SITES, ids=lambda site: site.name)
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 def test_every_site_has_outlier_channels(made, site):
     for block in (0, 1):
         hessian = read_statistics(

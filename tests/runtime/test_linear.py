@@ -152,7 +152,6 @@ def test_low_precision_input(fmt):
     linear = make_linear(fmt, None)
     x = torch.randn(16, K, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = linear(x.float())
-    linear.bias.data = linear.bias.data.bfloat16()
     y = linear(x)
     assert y.dtype == torch.bfloat16
     assert (y.float() - exact).norm() < 2**-7 * exact.norm()
@@ -168,7 +167,7 @@ def test_state(fmt):
     assert set(linear.state_dict()) == expected
     assert set(dict(linear.named_buffers())) == expected - {"bias"}
     assert all(t.device.type == "meta" for t in (*linear.to("meta").buffers(), *linear.parameters()))
-    assert isinstance(linear, torch.nn.Linear) and not hasattr(linear, "weight")
+    assert isinstance(linear, torch.nn.Linear)
 
 
 def test_weight_takes_four_bits_and_its_scales():

@@ -74,7 +74,7 @@ SAMPLING_STAGES = pytest.mark.parametrize(
 def test_an_image_that_is_no_image(folder, refused, stage, arguments):
     edit_rows(folder, lambda rows: rows[:1] + [rows[1] | {"image": "images/text.png"}] + rows[2:])
     (folder.root / MANIFEST).with_name("images").joinpath("text.png").write_text("no picture")
-    assert refused(stage, *arguments).startswith(f"{MANIFEST}:2: image 'images/text.png' is no readable picture: ")
+    assert refused(stage, *arguments).startswith(f"{MANIFEST}:2: image 'images/text.png': no readable picture: ")
 
 
 @SAMPLING_STAGES

@@ -21,6 +21,7 @@ CHANGED = (
     "proj_out.weight",
 )
 MANIFEST = "artifacts/model/manifest.json"
+LORA = "data/models/lora.safetensors"
 
 
 @pytest.fixture
@@ -35,19 +36,22 @@ def lora(folder):
         stored[key] = (stored[key].float() + 0.5 * (up @ down)).to(stored[key].dtype)
         name = f"transformer.{key.removesuffix('.weight')}"
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    save_file(tensors, folder.root / "lora.safetensors")
-    folder.set("model.loras", [{"expert": "high_noise", "file": "lora.safetensors", "weight": 0.5}])
+    save_file(tensors, folder.root / LORA)
+    folder.set("model.loras", [{"expert": "high_noise", "file": LORA, "weight": 0.5}])
     return stored
 
 
-def test_the_sampled_pipeline_and_the_replayed_blocks_have_the_fused_values(folder, lora):
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_the_sampled_pipeline_and_the_replayed_blocks_have_the_fused_values(folder, lora, offload):
     folder.finish("model")
     manifest = read_manifest(folder.root / MANIFEST)
     compute, sampling = (section(folder.root / "params.yaml", name) for name in ("compute", "sampling"))
-    expert, pipe = open_expert(manifest, "high_noise", compute), source_pipeline(manifest, compute, sampling)
+    (folder.root / "scratch").mkdir()
+    expert = open_expert(manifest, "high_noise", compute)
+    pipe = source_pipeline(manifest, compute.model_copy(update={"offload": offload}), sampling, folder.root / "scratch")
     state = pipe.transformer.state_dict()
     assert state.keys() == lora.keys()
-    replayed = {key: tensor for key, tensor in expert.prologue().state_dict().items() if "blocks." not in key}
+    replayed = {key: tensor for key, tensor in expert.glue().model.state_dict().items() if "blocks." not in key}
     for i in range(2):
         replayed |= {f"blocks.{i}.{key}": tensor for key, tensor in expert.block(i).state_dict().items()}
     assert replayed.keys() == lora.keys()
@@ -97,8 +101,8 @@ def test_digests_cover_content_and_weight_of_a_lora_and_its_own_expert_alone(fol
         return manifest.expert_digest("high_noise"), manifest.expert_digest("low_noise"), manifest.digest()
 
     first = digests()
-    (folder.root / "lora.safetensors").rename(folder.root / "moved.safetensors")
-    entry = {"expert": "high_noise", "file": "moved.safetensors", "weight": 0.5}
+    (folder.root / LORA).rename(folder.root / "data/models/moved.safetensors")
+    entry = {"expert": "high_noise", "file": "data/models/moved.safetensors", "weight": 0.5}
     folder.set("model.loras", [entry])
     assert digests() == first
     for changed in ([entry | {"weight": 0.25}], [entry, entry], []):
@@ -112,33 +116,38 @@ def test_digests_cover_content_and_weight_of_a_lora_and_its_own_expert_alone(fol
 @pytest.mark.parametrize(("stage", "arguments"), [("trajectories", ()), ("pack", ("--variant", "rtn"))])
 def test_a_lora_that_changed_since_stage_model(folder, lora, refused, stage, arguments):
     folder.finish("model")
-    file = folder.root / "lora.safetensors"
+    file = folder.root / LORA
     save_file({key: tensor * 2 for key, tensor in load_file(file).items()}, file)
-    changed = "lora.safetensors: changed since stage model recorded it; run `dvc repro`, or stage model again"
+    changed = f"{LORA}: changed since stage model recorded it; run `dvc repro`, or stage model again"
     assert refused(stage, *arguments) == changed
     file.unlink()
-    assert refused(stage, *arguments).startswith("lora.safetensors: no such file; stage model recorded it as a LoRA")
+    assert refused(stage, *arguments).startswith(f"{LORA}: no such file; stage model recorded it as a LoRA")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"expert": "denoiser"}, "model.loras.0.expert: 'denoiser'; this model has high_noise, low_noise"),
-        ({"file": "absent.safetensors"}, "absent.safetensors: no such LoRA file"),
+        ({"file": "data/models/absent.safetensors"}, "data/models/absent.safetensors: no such LoRA file"),
+        (
+            {"file": "data/models/../lora.safetensors"},
+            "params.yaml: model.loras.0.file: found 'data/models/../lora.safetensors'; Value error, allowed: a file in "
+            "data/models/, whose changes DVC notices",
+        ),
         ({"weigth": 1.0}, "params.yaml: model.loras.0.weigth: unknown parameter; allowed: expert, file, weight"),
         ({"weight": None}, "params.yaml: model.loras.0.weight: found None; Input should be a valid number"),
         ({"weight": float("inf")}, "params.yaml: model.loras.0.weight: found inf; Input should be a finite number"),
     ],
 )
 def test_a_wrong_entry(folder, lora, refused, entry, message):
-    good = {"expert": "high_noise", "file": "lora.safetensors", "weight": 0.5}
+    good = {"expert": "high_noise", "file": LORA, "weight": 0.5}
     folder.set("model.loras", [good | entry])
     assert refused("model") == message
 
 
 @pytest.mark.parametrize("key", ["expert", "file", "weight"])
 def test_an_entry_without_a_key(folder, lora, refused, key):
-    good = {"expert": "high_noise", "file": "lora.safetensors", "weight": 0.5}
+    good = {"expert": "high_noise", "file": LORA, "weight": 0.5}
     folder.set("model.loras", [{name: value for name, value in good.items() if name != key}])
     assert refused("model") == f"params.yaml: model.loras.0.{key}: missing; expected the keys expert, file, weight"
 
@@ -146,8 +155,8 @@ def test_an_entry_without_a_key(folder, lora, refused, key):
 def test_a_lora_of_another_width(folder, refused):
     save_file(
         {"proj_out.lora_A.weight": torch.ones(4, 5120), "proj_out.lora_B.weight": torch.ones(64, 4)},
-        folder.root / "lora.safetensors",
+        folder.root / LORA,
     )
-    folder.set("model.loras", [{"expert": "low_noise", "file": "lora.safetensors", "weight": 1}])
+    folder.set("model.loras", [{"expert": "low_noise", "file": LORA, "weight": 1}])
     message = refused("model")
-    assert message.startswith("lora.safetensors: proj_out.lora_A.weight has shape [4, 5120]; proj_out.weight of shape ")
+    assert message.startswith(f"{LORA}: proj_out.lora_A.weight has shape [4, 5120]; proj_out.weight of shape ")

@@ -52,7 +52,7 @@ def generate(pipeline: WanImageToVideoPipeline, row: dict, image: Image.Image, s
         guidance_scale_2=settings.guidance_scale_2,
         max_sequence_length=settings.text_tokens,
     )
-    video = sample(pipeline, sampling, row["prompt"], row["negative_prompt"], image, row["seed"], "np")
+    video = sample(pipeline, sampling, row["prompt"], row["negative_prompt"], {"image": image}, row["seed"], "np")
     return np.rint(video * 255).clip(0, 255).astype(np.uint8)
 
 

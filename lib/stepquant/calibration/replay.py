@@ -3,14 +3,15 @@
 The work is divided into shards of `capture.calls_per_shard` calls and ranges of `capture.blocks_per_shard` blocks. A
 unit of work runs the calls of one shard through one block range, a block at a time. It keeps hidden states in host
 memory, stores the last block's outputs for the next range, and stores the sums of every block's statistics. Merging the
-shards in their order gives a block's statistics.
+shards in their order gives a block's statistics. Every unit compares its outputs with what the pipeline computed
+(replay_check.py), so the first one already refuses a model that cannot be replayed.
 
     <unit>/hidden_states.<first call>.safetensors   output [B, T, D] of the range's last block for a chunk of calls;
                                                     absent after the expert's last block
     <unit>/<block>/<site>.safetensors               sums and samples (observer.py)
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,14 +24,15 @@ from torch import nn
 from stepquant.calibration.hidden_states import HiddenStates, open_hidden_states
 from stepquant.calibration.merge import merge_shards
 from stepquant.calibration.observer import SiteObserver
+from stepquant.calibration.replay_check import ReplayCheck
 from stepquant.calibration.sampling_plan import SamplingPlan, plan_sampling
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Call, Trajectories, spread_over_bins
 from stepquant.models.bins import Bins
-from stepquant.models.denoiser import BlockInputs, Denoiser, block_inputs
+from stepquant.models.block_inputs import BlockInputs, Glue, KeptInputs
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.sites import Site
 from stepquant.params import Capture, Compute
 from stepquant.storage import object_store
 
@@ -78,53 +80,64 @@ class Shard:
             folder: the unit's folder.
 
         Raises:
-            UserError: NaN or Inf in an activation, or a missing or damaged input.
+            UserError: NaN or Inf in an activation, a replay that departs from what the pipeline computed, or a missing
+                or damaged input.
         """
-        trajectories = Trajectories(self.trajectories)
+        trajectories, described = Trajectories(self.trajectories), self.manifest.expert(self.expert)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
+        mine = [calls[i] for i in self.calls]
+        check = ReplayCheck(self.expert, described.blocks, model.dtype, trajectories, mine)
         chunks = [
             self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
         ]
-        inputs, first = self._first_inputs(model, trajectories, calls, chunks)
+        inputs, first = self._first_inputs(trajectories, calls, chunks)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
         with open_hidden_states(first, self.compute.device) as hidden:
             for index in self.blocks:
                 observers = BlockObservers(self, index, calls, plans)
                 batches = _batches(chunks, inputs, hidden)
-                for n, (_, output) in enumerate(
-                    replay_block(model.block(index), WAN_SITES, batches, observers.observe)
-                ):
+                replayed = replay_block(model.block(index), described.ordered_sites, batches, observers.observe)
+                for n, (positions, output) in enumerate(replayed):
+                    check.add_block(index, [calls[i] for i in positions], output)
                     hidden.put(n, output)
                 observers.save(folder / block_name(index))
-            if self.blocks.stop < self.manifest.expert(self.expert).blocks:
+                check.refuse_block(index)
+            if self.blocks.stop < described.blocks:
                 for n, positions in enumerate(chunks):
                     save_file({"hidden_states": hidden.host(n)}, folder / hidden_states_file(positions))
+            elif check.samples:
+                for n, positions in enumerate(chunks):
+                    batch = [calls[i] for i in positions]
+                    check.add_output(batch, self._glue().output(trajectories.inputs(batch), hidden.get(n)))
+                check.refuse_output()
+
+    def _glue(self) -> Glue:
+        return load_glue(self.manifest.model_dump_json(), self.expert, self.compute)
 
     def _first_inputs(
-        self, model: Denoiser, trajectories: Trajectories, calls: list[Call], chunks: list[range]
-    ) -> tuple[list[BlockInputs], list[torch.Tensor]]:
+        self, trajectories: Trajectories, calls: list[Call], chunks: list[range]
+    ) -> tuple[list[KeptInputs], list[torch.Tensor]]:
         """Per chunk: the inputs that all blocks share, and the hidden states of the shard's first block on the host.
 
-        Reading the calls and running the prologue takes a fifth of a block's forward, so it is done once for all
-        blocks. What is kept on the device is 5.4 MB per call and 34 MB of rotary embeddings at the size of
+        Reading the calls and running the layers before the blocks takes a fifth of a block's forward, so it is done
+        once for all blocks. What is kept on the device is 5.4 MB per call and 34 MB of rotary embeddings at the size of
         Wan2.2-I2V-A14B.
         """
-        prologue = load_prologue(model.weights.folder.absolute(), model.device, model.dtype)
-        inputs: list[BlockInputs] = []
+        inputs: list[KeptInputs] = []
         hidden = []
         for positions in chunks:
-            found = block_inputs(prologue, *trajectories.inputs([calls[i] for i in positions]))
+            found = self._glue().inputs(trajectories.inputs([calls[i] for i in positions]))
             if self.previous is None:
                 hidden.append(found.hidden_states.cpu())
             else:
                 hidden.append(load_file(self.previous / hidden_states_file(positions))["hidden_states"])
-            inputs.append(found.kept(inputs[0] if inputs else None))
+            inputs.append(KeptInputs.of(found, inputs[0] if inputs else None))
         return inputs, hidden
 
 
 def _batches(
-    chunks: list[range], inputs: list[BlockInputs], hidden: HiddenStates
+    chunks: list[range], inputs: list[KeptInputs], hidden: HiddenStates
 ) -> Iterator[tuple[range, BlockInputs]]:
     """The calls of every chunk with a block's inputs."""
     for n, (positions, found) in enumerate(zip(chunks, inputs)):
@@ -161,7 +174,7 @@ class BlockObservers:
             save_file(observer.tensors(), folder / f"{site}.safetensors")
 
     def _plan(self, name: str, tokens: int) -> SamplingPlan:
-        site, settings = next(s for s in WAN_SITES if s.name == name), self.shard.capture
+        site, settings = self.shard.manifest.expert(self.shard.expert).sites[name], self.shard.capture
         samples = {
             "calibration": settings.search_tokens,
             "validation": settings.search_tokens,
@@ -172,9 +185,17 @@ class BlockObservers:
 
 
 @lru_cache(maxsize=1)
-def load_prologue(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """An expert's prologue, cached for the next shard, because loading it takes as long as several calls."""
-    return Denoiser(folder, device, dtype).prologue()
+def load_glue(manifest: str, expert: str, compute: Compute) -> Glue:
+    """The layers around an expert's blocks, cached for the next shard, because loading them takes as long as several
+    calls.
+
+    Args:
+        manifest: of the source model, as JSON. It has the digests of all weights and LoRAs, so the cache holds no
+            others.
+        expert: name of the expert.
+        compute: device and dtype.
+    """
+    return open_expert(ModelManifest.model_validate_json(manifest), expert, compute).glue()
 
 
 def hidden_states_file(positions: range) -> str:
@@ -182,12 +203,13 @@ def hidden_states_file(positions: range) -> str:
     return f"hidden_states.{positions.start:06d}.safetensors"
 
 
-def add_up_shards(shards: list[Path], block: str, url: str | None, folder: Path) -> None:
+def add_up_shards(sites: Sequence[str], shards: list[Path], block: str, url: str | None, folder: Path) -> None:
     """Merge the shards of one block and write its statistics, one Zarr group per site.
 
     One site's sums of one shard are in memory at a time, beside the merged ones.
 
     Args:
+        sites: names of the block's sites.
         shards: folders of the units of all calls, in the order of the calls.
         block: folder name of the block.
         url: the object store into which the groups are moved; None leaves them on disk.
@@ -196,8 +218,8 @@ def add_up_shards(shards: list[Path], block: str, url: str | None, folder: Path)
     Raises:
         UserError: the object store refuses.
     """
-    for site in WAN_SITES:
-        merge_shards(folder / site.name, (load_file(shard / block / f"{site.name}.safetensors") for shard in shards))
+    for site in sites:
+        merge_shards(folder / site, (load_file(shard / block / f"{site}.safetensors") for shard in shards))
     if url is not None:
         object_store.move(folder, url)
 
@@ -255,7 +277,4 @@ def replay_block(
     positions = range(0)
     with site_inputs(block, sites, lambda site, x: observe(site, x, positions)):
         for positions, inputs in batches:
-            yield (
-                positions,
-                block(inputs.hidden_states, inputs.encoder_hidden_states, inputs.timestep_proj, inputs.rotary_emb),
-            )
+            yield positions, inputs.run(block)

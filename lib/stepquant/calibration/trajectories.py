@@ -1,31 +1,28 @@
 """Recorded denoiser calls: the inputs that the BF16 pipeline gave its experts while it sampled the calibration prompts.
 
-One Zarr group per prompt id (S steps, R = 2 guidance branches with guidance, 1 without):
-
-    latents      [S, C, F, H, W]    the noisy part of the input, the same for all branches of a step
-    condition    [P, F, H, W]       mask and image latents, the same at every step (P = 0 without an image)
-    embeddings   [R, L, text_dim]   text embeddings: prompt, then negative prompt
-    timesteps    [S] float32        t as the denoiser received it
-    attributes   split, experts (the expert's name per step)
+trajectory_files.py has the layout of the artifact.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import zarr
+from torch import Tensor
 
+from stepquant.calibration.recorder import Samples, recorded
+from stepquant.calibration.trajectory_files import CONDITION, samples_array, stored_copy, write_trajectory
 from stepquant.errors import UserError
 from stepquant.models.bins import Bins
+from stepquant.models.families import find_family
+from stepquant.models.manifest import ModelManifest
 from stepquant.models.prompts import Prompt
 from stepquant.models.sampling import sample
 from stepquant.params import Sampling
 from stepquant.storage import object_store
-from stepquant.storage.zarr_groups import array_shape, open_group, read_tensor, write_group
-
-INPUTS = ("hidden_states", "timestep", "encoder_hidden_states")
+from stepquant.storage.zarr_groups import open_group, read_tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Call:
         split: the prompt's split: calibration, validation or heldout.
         step: index of the sampling step, over both experts.
         branch: guidance branch, 0 for the prompt and 1 for the negative prompt.
-        t: timestep.
+        t: timestep; with t per token the largest one, which is that of the tokens being denoised.
     """
 
     prompt: str
@@ -79,125 +76,31 @@ def _spread(numbers: list[int], count: int) -> set[int]:
     return {numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)}
 
 
-@contextmanager
-def recorded(experts: dict[str, torch.nn.Module]) -> Iterator[list[dict[str, Any]]]:
-    """Record the inputs of every call of some experts.
-
-    Args:
-        experts: modules by expert name.
-
-    Yields:
-        A list that grows by one entry per call made inside the `with` block: "expert", and copies of the arguments
-        `INPUTS` on the CPU.
-    """
-    calls: list[dict[str, Any]] = []
-
-    def hook(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append({"expert": name} | {key: kwargs[key].detach().cpu().clone() for key in INPUTS})
-
-        return record
-
-    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in experts.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def record_prompt(pipe: Any, sampling: Sampling, prompt: Prompt, folder: Path, url: str | None) -> None:
+def record_prompt(
+    pipe: Any, manifest: ModelManifest, sampling: Sampling, prompt: Prompt, folder: Path, url: str | None
+) -> None:
     """Sample one prompt and write its trajectory.
 
     Args:
         pipe: the source pipeline.
+        manifest: its description.
         sampling: how it samples.
-        prompt: text, image and seed.
+        prompt: texts, images and seed.
         folder: where the group is written.
         url: the object store into which it is moved; None leaves it on disk.
 
     Raises:
         UserError: NaN or Inf, calls that cannot be stored (see `write_trajectory`), or an error of the object store.
     """
-    experts = (
-        {"high_noise": pipe.transformer, "low_noise": pipe.transformer_2}
-        if pipe.transformer_2
-        else {"denoiser": pipe.transformer}
-    )
+    experts = {name: getattr(pipe, described.subfolder) for name, described in manifest.experts.items()}
     with recorded(experts) as calls:
-        sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_image(), prompt.seed, "latent")
-    steps, channels = len(pipe.scheduler.timesteps), pipe.transformer.config.out_channels
-    write_trajectory(folder, calls, steps, channels, prompt.split, f"prompt {prompt.id}")
+        sample(pipe, sampling, prompt.prompt, prompt.negative_prompt, prompt.load_images(), prompt.seed, "latent")
+    (channels,) = {described.inputs.out_channels for described in manifest.experts.values()}
+    denoiser = find_family(manifest.pipeline).denoiser
+    steps = len(pipe.scheduler.timesteps)
+    write_trajectory(folder, calls, steps, denoiser, channels, prompt.split, f"prompt {prompt.id}")
     if url is not None:
         object_store.move(folder, url)
-
-
-def write_trajectory(
-    folder: Path, calls: list[dict[str, Any]], steps: int, latent_channels: int, split: str, where: str
-) -> None:
-    """Store one prompt's recorded calls without repetitions.
-
-    Steps are told apart by their number and not by t, because neighboring steps of a sampler with integer timesteps can
-    have the same t.
-
-    Args:
-        folder: where the group is written.
-        calls: from `recorded`, batch 1 each; step by step, the branches of a step after each other.
-        steps: number of sampling steps.
-        latent_channels: number of leading channels of hidden_states that are latents.
-        split: the prompt's split.
-        where: what an error message names.
-
-    Raises:
-        UserError: NaN or Inf, a number of calls that differs between steps, or an input that changes within a step (or
-            a condition or text embedding that changes between steps).
-    """
-    branches = _branches(len(calls), steps, where)
-    first = calls[::branches]
-    tensors = {
-        "embeddings": torch.cat([call["encoder_hidden_states"] for call in calls[:branches]]),
-        "latents": torch.stack([call["hidden_states"][0, :latent_channels] for call in first]),
-        "condition": calls[0]["hidden_states"][0, latent_channels:],
-        "timesteps": torch.tensor([_timestep(call) for call in first], dtype=torch.float32),
-    }
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; "
-                "check the model, or use another compute.dtype"
-            )
-    _check_repetitions(calls, branches, latent_channels, where)
-    write_group(folder, tensors, {"split": split, "experts": [call["expert"] for call in first]})
-
-
-def _branches(calls: int, steps: int, where: str) -> int:
-    """Calls per step."""
-    if calls == 0 or calls % steps:
-        raise UserError(
-            f"{where}: the pipeline called its denoisers {calls} times in {steps} steps; allowed: the same number of "
-            "calls in every step, 1 without and 2 with guidance; use a pipeline with the same guidance in all steps"
-        )
-    return calls // steps
-
-
-def _timestep(call: dict[str, Any]) -> float:
-    return float(call["timestep"].flatten()[0])
-
-
-def _check_repetitions(calls: list[dict[str, Any]], branches: int, latent_channels: int, where: str) -> None:
-    """What is stored once must be equal in all the calls that share it."""
-    for i, call in enumerate(calls):
-        step, branch = divmod(i, branches)
-        first = calls[step * branches]
-        of_step = call["expert"] == first["expert"] and _timestep(call) == _timestep(first)
-        of_step = of_step and torch.equal(call["hidden_states"], first["hidden_states"])
-        condition, conditions = (c["hidden_states"][:, latent_channels:] for c in (call, calls[0]))
-        text, texts = (c["encoder_hidden_states"] for c in (call, calls[branch]))
-        if not (of_step and torch.equal(condition, conditions) and torch.equal(text, texts)):
-            raise UserError(
-                f"{where}: call {branch + 1} of step {step + 1} does not fit the others; allowed: {branches} calls "
-                "per step with the same expert, t and latents; condition and text embeddings that stay the same"
-            )
 
 
 class Trajectories:
@@ -207,13 +110,15 @@ class Trajectories:
         folder: `artifacts/trajectories.zarr`.
 
     Raises:
-        UserError: the artifact or a prompt's group is missing or damaged.
+        UserError: the artifact or a prompt's group is missing or damaged, or of another version.
     """
 
     def __init__(self, folder: Path):
         root = open_group(folder)
         self._digests: dict[str, str] = dict(root.attrs["prompts"])
         self._groups = {name: open_group(folder / name) for name in self._digests}
+        if any("per" not in group.attrs for group in self._groups.values()):
+            raise UserError(f"{folder}: not the trajectories of this version; run stage trajectories again")
 
     def digest(self) -> dict[str, str]:
         """Digest of the content by prompt id, as recorded by the stage that wrote it."""
@@ -222,32 +127,75 @@ class Trajectories:
     def calls(self, expert: str) -> list[Call]:
         """Every call of one expert, ordered by prompt, step and branch."""
         return [
-            Call(prompt, group.attrs["split"], step, branch, t)
+            Call(prompt, group.attrs["split"], number // group.attrs["branches"], number % group.attrs["branches"], t)
             for prompt, group in self._groups.items()
-            for step, t in enumerate(read_tensor(group, "timesteps").tolist())
-            if group.attrs["experts"][step] == expert
-            for branch in range(array_shape(group, "embeddings")[0])
+            for number, t in enumerate(read_tensor(group, "t").tolist())
+            if group.attrs["experts"][number] == expert
         ]
 
-    def inputs(self, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The inputs of B calls.
+    def inputs(self, calls: Sequence[Call]) -> dict[str, Tensor]:
+        """The denoiser's arguments in B calls.
 
         Args:
             calls: some of those that `calls` returns.
 
         Returns:
-            hidden_states [B, C + P, F, H, W], timestep [B] float32, and encoder_hidden_states [B, L, text_dim].
+            Argument -> values of all calls, one after the other along the first axis.
+
+        Raises:
+            UserError: a stored array is missing or damaged, or the calls differ in their arguments or shapes.
+        """
+        found = [self._arguments(call) for call in calls]
+        for call, arguments in zip(calls, found):
+            if _shapes(arguments) != _shapes(found[0]):
+                raise UserError(
+                    f"trajectories: prompts {calls[0].prompt} and {call.prompt} give the denoiser arguments "
+                    f"{_shapes(found[0])} and {_shapes(arguments)}; allowed: the same arguments and shapes for all"
+                )
+        return {name: torch.cat([arguments[name] for arguments in found]) for name in found[0]}
+
+    def _arguments(self, call: Call) -> dict[str, Tensor]:
+        group, number = self._groups[call.prompt], self.number(call)
+        branches, latents = group.attrs["branches"], group.attrs["latents"]
+        stored = {
+            name: read_tensor(group, name, stored_copy(level, number, branches))
+            for name, level in group.attrs["per"].items()
+        }
+        condition = stored.pop(f"{latents}.{CONDITION}", None)
+        return stored if condition is None else stored | {latents: torch.cat([stored[latents], condition], 1)}
+
+    def number(self, call: Call) -> int:
+        """The number of a call in its prompt, over all experts."""
+        branches: int = self._groups[call.prompt].attrs["branches"]
+        return call.step * branches + call.branch
+
+    def samples(self, call: Call, blocks: int) -> Samples | None:
+        """What a call computed.
+
+        Args:
+            call: one of those that `calls` returns.
+            blocks: number of blocks of its expert.
+
+        Returns:
+            The samples; None for made-up calls.
 
         Raises:
             UserError: a stored array is missing or damaged.
         """
-        conditions = {
-            prompt: read_tensor(self._groups[prompt], "condition") for prompt in {call.prompt for call in calls}
-        }
-        hidden, text = [], []
-        for call in calls:
-            group = self._groups[call.prompt]
-            latents = read_tensor(group, "latents", call.step)
-            hidden.append(torch.cat([latents, conditions[call.prompt]]))
-            text.append(read_tensor(group, "embeddings", call.branch))
-        return torch.stack(hidden), torch.tensor([call.t for call in calls]), torch.stack(text)
+        group, number = self._groups[call.prompt], self.number(call)
+        if not group.attrs["sampled"]:
+            return None
+        expert = group.attrs["experts"][number]
+        row = group.attrs["experts"][:number].count(expert)
+        found = _row(group, samples_array(expert, "blocks"), row)
+        if found.numel() % blocks:
+            raise UserError(f"trajectories: prompt {call.prompt} was not recorded with {blocks} blocks of {expert}")
+        return Samples(found.view(blocks, -1), _row(group, samples_array(expert, "output"), row))
+
+
+def _row(group: zarr.Group, name: str, row: int) -> Tensor:
+    return read_tensor(group, name, slice(row, row + 1))[0]
+
+
+def _shapes(arguments: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sorted(arguments.items())}

@@ -1,6 +1,5 @@
 """Single quantized linears of a checkpoint, without loading the rest."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from stepquant.errors import InvalidInput
 from stepquant.models.weights import Weights
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.linear import W4A4Linear
+from stepquant.storage.json_files import read_config
 
 
 def read_settings(folder: Path) -> QuantizationSettings:
@@ -21,7 +21,7 @@ def read_settings(folder: Path) -> QuantizationSettings:
         InvalidInput: if the denoiser is not quantized.
         UserError: as `QuantizationSettings.from_config`.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     if "quantization_config" not in config:
         raise InvalidInput(
             f"{folder}: config.json has no quantization_config; expected a denoiser that stage pack wrote"
@@ -30,7 +30,7 @@ def read_settings(folder: Path) -> QuantizationSettings:
 
 
 def read_linear(weights: Weights, settings: QuantizationSettings, target: str, device: str) -> W4A4Linear:
-    """One quantized linear, its bias, if there is one, in float32.
+    """One quantized linear.
 
     Args:
         weights: of the denoiser, from `open_weights`.

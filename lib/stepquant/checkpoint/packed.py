@@ -40,8 +40,8 @@ class PackedLinear:
         """
         found = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
         expected = linear_layout(settings, N, K)
-        if settings.mean_subtraction:  # any dtype: that of the source's bias
-            expected["bias"] = ((N,), torch.float32 if self.bias is None else self.bias.dtype)
+        if settings.mean_subtraction:
+            expected["bias"] = ((N,), torch.float32)
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if wrong:
             differences = "; ".join(f"{n} is {found.get(n)}, expected {expected.get(n)}" for n in wrong)
@@ -73,7 +73,7 @@ def pack_site(
     for path, (N, _) in linears.items():
         rows = slice(start, start := start + N)
         scales, rank = layer.scales, layer.proj_down.shape[1]
-        bias = (biases[path].float() + layer.offset[rows]).to(biases[path].dtype) if mean_subtraction else None
+        bias = biases[path].float() + layer.offset[rows] if mean_subtraction else None
         packed[path] = pack_linear(
             layer.codes[rows].cpu(),
             Scales(scales.group[rows].cpu(), None if scales.tensor is None else scales.tensor.cpu()),
@@ -114,7 +114,7 @@ def pack_linear(
         clip_ratio: float32 [bins]; None if activations stay unquantized.
         clip_exponent: int8 [bins]; None unless activations are mxfp4.
         mean: bfloat16 [K]; None unless a mean is subtracted.
-        bias: [N]; None unless a mean is subtracted.
+        bias: float32 [N]; None unless a mean is subtracted.
 
     Returns:
         The packed linear. `PackedLinear.check` compares its tensors with the layout.

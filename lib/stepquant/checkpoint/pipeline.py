@@ -1,6 +1,5 @@
 """Loads a quantized pipeline folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepquant.checkpoint.quantizer import register
-from stepquant.errors import DamagedFile, MissingFile
+from stepquant.errors import InvalidInput, MissingFile
 from stepquant.models.weights import open_weights
+from stepquant.storage.json_files import read_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = torch.dtype | str
 
 
 def load_pipeline(
     folder: str | Path,
     *,
-    dtype: torch.dtype | dict[str, torch.dtype],
+    dtype: Dtype | dict[str, Dtype],
     device: str | torch.device = "cpu",
     **components: Any,
 ) -> DiffusionPipeline:
@@ -35,8 +38,9 @@ def load_pipeline(
 
     Args:
         folder: a diffusers pipeline folder, with a model_index.json; stage pack writes such folders.
-        dtype: of everything that is not quantized: one dtype, or one per component with a "default", such as
-            {"default": torch.bfloat16, "vae": torch.float32}.
+        dtype: of everything that is not quantized: torch.float32, torch.bfloat16 or torch.float16, or their names. The
+            VAE decodes in float32 all the same, because 16 bits are visible in a video. A dict names each component's
+            dtype, with a "default" for the rest, such as {"default": torch.bfloat16, "vae": torch.bfloat16}.
         device: where all components are put after loading. Keep "cpu" if you enable an offload afterwards.
         **components: ready components to use in place of those in the folder, such as text_encoder=None and
             tokenizer=None for a pipeline that is called with prompt embeddings.
@@ -48,7 +52,8 @@ def load_pipeline(
         MissingFile: if the folder is no pipeline folder, or if weights are missing.
         DamagedFile: if a quantized component is truncated, broken or inconsistent.
         UnsupportedCheckpoint: if a quantized component is of another version, or its weights are pickled.
-        InvalidInput: if a quantized component's quantization_config has wrong values.
+        InvalidInput: if a quantized component's quantization_config has wrong values, or if dtype is no such dtype or
+            names a component that the pipeline does not have.
 
     Example:
         >>> pipe = stepquant.load_pipeline("artifacts/checkpoints/full", dtype=torch.bfloat16)
@@ -61,13 +66,34 @@ def load_pipeline(
     for config in sorted(folder.glob("*/config.json")):
         if _is_quantized(config):
             open_weights(config.parent)  # the errors of diffusers do not say what is damaged
+    dtypes = _dtypes(dtype, read_config(folder / "model_index.json"))
     register()
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **components)
     return pipeline.to(device)
 
 
 def _is_quantized(config: Path) -> bool:
-    try:
-        return "quantization_config" in json.loads(config.read_text())
-    except ValueError as error:
-        raise DamagedFile(f"{config}: not JSON ({error}); copy or download it again") from None
+    return "quantization_config" in read_config(config)
+
+
+def _dtypes(dtype: Dtype | dict[str, Dtype], index: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The dtype of each component that does not have the "default"; index is the content of model_index.json."""
+    components = sorted(name for name, value in index.items() if isinstance(value, list))
+    if not isinstance(dtype, dict):
+        return {"default": _torch_dtype(dtype, "dtype")} | dict.fromkeys({"vae"} & set(components), torch.float32)
+    if "default" not in dtype:
+        raise InvalidInput(f"dtype: no 'default' among {', '.join(map(repr, dtype))}; expected one")
+    if unknown := [name for name in dtype if name not in ("default", *components)]:
+        raise InvalidInput(
+            f"dtype: the pipeline has no component {unknown[0]!r}; allowed: default, {', '.join(components)}"
+        )
+    return {name: _torch_dtype(value, f"dtype[{name!r}]") for name, value in dtype.items()}
+
+
+def _torch_dtype(dtype: object, what: str) -> torch.dtype:
+    # diffusers would load anything else as float32.
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        allowed = ", ".join(f"torch.{name}" for name in DTYPES)
+        raise InvalidInput(f"{what} is {dtype!r}; allowed: {allowed}, or their names")
+    return found

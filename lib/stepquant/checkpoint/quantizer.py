@@ -9,11 +9,13 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from stepquant.checkpoint.guards import guard
 from stepquant.errors import DamagedFile, InvalidInput
 from stepquant.runtime.layout import QUANT_METHOD, QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
@@ -69,8 +71,7 @@ class StepquantQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        owner, _, name = param_name.rpartition(".")
-        return name != "bias" and isinstance(model.get_submodule(owner), W4A4Linear)
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), W4A4Linear)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> None:
         found, expected = list(loaded_param.shape), list(current_param.shape)
@@ -89,13 +90,21 @@ class StepquantQuantizer(DiffusersQuantizer):
         owner, _, name = param_name.rpartition(".")
         linear = model.get_submodule(owner)
         # param_value has been cast to torch_dtype, which would round scales and clips.
-        stored, expected = state_dict[param_name], linear.get_buffer(name).dtype
+        stored = state_dict[param_name]
+        if name == "bias" and stored.is_floating_point():  # checkpoints of stepquant 0.1.0 have that of the source
+            linear.bias = nn.Parameter(stored.to(target_device, torch.float32), requires_grad=False)
+            return
+        expected = getattr(linear, name).dtype
         if stored.dtype != expected:
             raise DamagedFile(f"{param_name} is {stored.dtype}; expected {expected}")
         setattr(linear, name, stored.to(target_device))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         follow_timestep(model, self.quantization_config.settings.bin_edges)
+        for module in model.modules():
+            if isinstance(module, W4A4Linear):
+                module.compute_dtype = model.dtype
+        guard(model)
 
     @property
     def is_serializable(self) -> bool:

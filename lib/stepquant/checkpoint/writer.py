@@ -5,21 +5,25 @@ writes several keys in random order. A folder gets its name only after all of it
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stepquant.checkpoint.packed import PackedLinear
-from stepquant.errors import DamagedFile, InvalidInput, MissingFile, UnsupportedCheckpoint, UserError
+from stepquant.checkpoint.rest import stored_dtype
+from stepquant.checkpoint.scheduler import with_flow_shift
+from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint, UserError
+from stepquant.models.families import find_denoiser
 from stepquant.models.weights import PICKLE_SUFFIXES, Weights, open_weights
 from stepquant.runtime.layout import QuantizationSettings
+from stepquant.storage.atomic import finished_folder_or_absent, sync, sync_tree
+from stepquant.storage.json_files import read_config
 
 STEM = "diffusion_pytorch_model"
 
@@ -27,38 +31,61 @@ Blocks = Iterable[tuple[int, dict[str, PackedLinear]]]
 Expert = tuple[QuantizationSettings, Blocks] | tuple[QuantizationSettings, Blocks, Weights]
 
 
-def write_checkpoint(source: Path, out: Path, experts: Mapping[str, Expert]) -> None:
+def write_checkpoint(
+    source: Path,
+    out: Path,
+    experts: Mapping[str, Expert],
+    *,
+    dtype: torch.dtype,
+    flow_shift: float,
+) -> None:
     """Write a complete diffusers pipeline folder: the given experts quantized, all other components copied.
 
     Components are copied, not linked, so that a file that is later rewritten in the source cannot change a checkpoint.
+    The scheduler gets the timestep shift that the experts were calibrated with.
 
     Args:
         source: pipeline folder with a model_index.json.
         out: the folder to write; it must not exist.
         experts: settings, blocks and, if not the source's own, weights, as in `write_expert`, by subfolder, such as
             `transformer_2`.
+        dtype: as in `write_expert`.
+        flow_shift: the timestep shift.
 
     Raises:
         MissingFile: if the source is no pipeline folder, or lacks a component.
         UnsupportedCheckpoint: if a component has pickled weights only.
+        InvalidInput: if the scheduler has no timestep shift.
         UserError: if `out` exists, or as `write_expert`.
     """
     source, out = Path(source), Path(out)
-    index = _read_json(source / "model_index.json", "a diffusers pipeline folder")
+    index = read_config(source / "model_index.json")
+    shifted = source / "scheduler" / "scheduler_config.json"
+    scheduler = with_flow_shift(read_config(shifted), flow_shift)
     components = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     if unknown := sorted(set(experts) - set(components)):
         raise InvalidInput(f"{source}: the pipeline has no component {unknown[0]!r}; it has {', '.join(components)}")
-    with _whole_or_absent(out) as work:
+    _refuse_existing(out)
+    with finished_folder_or_absent(out) as work:
         shutil.copyfile(source / "model_index.json", work / "model_index.json")
         for name in components:
             if name in experts:
-                write_expert(source / name, work / name, *experts[name])
+                write_expert(source / name, work / name, *experts[name], dtype=dtype)
             else:
                 _copy_component(source / name, work / name)
+        _write_json(work / shifted.relative_to(source), scheduler)
+        sync_tree(work)
+    sync(out.parent)
 
 
 def write_expert(
-    source: Path, out: Path, settings: QuantizationSettings, blocks: Blocks, weights: Weights | None = None
+    source: Path,
+    out: Path,
+    settings: QuantizationSettings,
+    blocks: Blocks,
+    weights: Weights | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """Write the folder of one quantized denoiser.
 
@@ -70,19 +97,23 @@ def write_expert(
             target of the settings once.
         weights: whose tensors that are not quantized are written, such as weights with LoRAs; None for those of the
             source.
+        dtype: dtype of the arithmetic with which the expert was calibrated; no other tensor is stored in a wider one
+            than the expert computes with (`stored_dtype`).
 
     Raises:
-        UserError: if the source is missing, broken or already quantized, or if `out` exists.
+        UserError: if the source is missing, broken, already quantized or of an unknown class, or if `out` exists.
         ValueError: if blocks and settings disagree.
     """
     source, out = Path(source), Path(out)
-    config = _read_json(source / "config.json", "the folder of a diffusers model")
+    config = read_config(source / "config.json")
     if "quantization_config" in config:
         raise InvalidInput(f"{source}: is already quantized; expected an unquantized model")
     weights = open_weights(source) if weights is None else weights
     for target in settings.targets:
         weights.info(f"{target}.weight")
-    with _whole_or_absent(out) as work:
+    denoiser = find_denoiser(config.get("_class_name"))
+    _refuse_existing(out)
+    with finished_folder_or_absent(out) as work:
         shards = []
         for index, block in blocks:
             shards.append(_save(work, f"block-{index:05d}", _block_tensors(block, settings, weights)))
@@ -95,9 +126,16 @@ def write_expert(
                 f"the blocks have {len(found)} linears; they must be the {targets} targets of the settings"
             )
         replaced = {f"{target}.weight" for target in settings.targets}.union(*(shard.sizes for shard in shards))
-        shards.append(_save(work, "rest", {key: weights.get(key) for key in weights if key not in replaced}))
+        biases = {f"{target}.bias" for target in settings.targets}
+        rest = {}
+        for key in weights:
+            if key not in replaced:
+                stored = stored_dtype(key, weights.dtype(key), dtype, denoiser)
+                rest[key] = weights.get(key).to(torch.float32 if key in biases else stored)
+        shards.append(_save(work, "rest", rest))
         _write_index(work, shards)
         _write_json(work / "config.json", config | {"quantization_config": settings.to_config()})
+        sync_tree(work)
 
 
 @dataclass(frozen=True)
@@ -141,16 +179,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _read_json(file: Path, expected: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise MissingFile(f"{file.parent}: no {file.name}; expected {expected}")
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise DamagedFile(f"{file}: not JSON ({error})") from error
-    return content
-
-
 def _copy_component(source: Path, out: Path) -> None:
     """Copy a component without its pickled weights; refuse one that has no other weights."""
     if not source.is_dir():
@@ -161,28 +189,6 @@ def _copy_component(source: Path, out: Path) -> None:
     shutil.copytree(source, out, copy_function=shutil.copyfile, ignore=lambda _, names: set(names) & set(pickles))
 
 
-@contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """A work folder beside `out`: synced and renamed to `out` after success, removed after an error."""
+def _refuse_existing(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out}: exists; remove it first")
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # from a killed run
-    work.mkdir(parents=True)
-    try:
-        yield work
-        for path in (*work.rglob("*"), work):
-            _sync(path)
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

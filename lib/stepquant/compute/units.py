@@ -13,15 +13,19 @@ import errno
 import json
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepquant.storage.atomic import finished_folder_or_absent
+from stepquant.storage.atomic import finished_folder_or_absent, sync
 from stepquant.storage.digests import content_key, file_digests
 
 MARKER = "unit.json"
+# What disks answer that have no hard links, or no more of them for this file, or not between these two folders.
+_NO_LINK = (errno.EPERM, errno.EACCES, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ class UnitStore:
             work(partial)
             files = file_digests(partial)
             sizes = {name: (partial / name).stat().st_size for name in files}
-            _sync(partial, files)
-            _write_synced(partial / MARKER, json.dumps({"files": files, "sizes": sizes}, indent=1, sort_keys=True))
+            for name in files:  # before the marker lists them
+                sync(partial / name)
+            (partial / MARKER).write_text(json.dumps({"files": files, "sizes": sizes}, indent=1, sort_keys=True))
+            sync(partial / MARKER)
             self._commit(partial, key)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -94,8 +100,18 @@ class UnitStore:
         """Remove a unit that is no longer needed."""
         shutil.rmtree(self.root / key, ignore_errors=True)
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder beside the units, removed at the end of the block, or by `sweep` after a killed process."""
+        folder = self.root / f".scratch.{uuid.uuid4().hex}.partial"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def sweep(self) -> None:
-        """Remove the half-written units of killed processes. Call it only under the stage's lock."""
+        """Remove half-written units and scratch of killed processes. Call it only under the stage's lock."""
         for partial in self.root.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -104,16 +120,18 @@ def gather(units: dict[str, Unit], out: Path, texts: dict[str, str]) -> None:
     """Build an out of a stage, whole or not at all. Call it under the stage's lock.
 
     Args:
-        units: Path inside the out ("" for its top) -> unit, whose files are hardlinked there.
+        units: Path inside the out ("" for its top) -> unit, whose files are hardlinked there, or copied where the disk
+            refuses links.
         out: The folder. An old one is replaced.
         texts: Path inside the out -> content of a small text file.
     """
+    link = _Linker(out)
     with finished_folder_or_absent(out) as partial:
         for place, unit in units.items():
             shutil.copytree(
                 unit.folder,
                 partial / place,
-                copy_function=_link,
+                copy_function=link,
                 ignore=shutil.ignore_patterns(MARKER),
                 dirs_exist_ok=True,
             )
@@ -136,30 +154,24 @@ def _finished_files(folder: Path) -> dict[str, str] | None:
     return files if whole else None
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without hard links.
-        shutil.copyfile(source, target)
+class _Linker:
+    """Links files, and copies those that cannot be linked, with one warning for all of them."""
+
+    def __init__(self, out: Path):
+        self.out, self.warned = out, False
+
+    def __call__(self, source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            if not self.warned:
+                reason = os.strerror(error.errno)
+                print(f"warning: {self.out}: files are copied, not hardlinked ({reason})", file=sys.stderr)
+                self.warned = True
+            shutil.copyfile(source, target)
 
 
 def _digest(files: dict[str, str]) -> str:
     return content_key(files=files)
-
-
-def _sync(folder: Path, files: dict[str, str]) -> None:
-    """Bring the files to disk before the marker lists them."""
-    for name in files:
-        handle = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -30,7 +30,7 @@ def measure_videos(
     measured = {}
     for prompt in prompts:
         frames = read_video(video(prompt.id))
-        image = model_image(prompt.load_image(), *frames.shape[1:3])
+        image = model_image(prompt.load_image(), *frames.shape[1:3]) if "image" in prompt.images else None
         measured[prompt.id] = measure_video(frames, bf16 and read_video(bf16(prompt.id)), image)
     return measured
 

@@ -50,12 +50,13 @@ class Compared(Estimate):
 
 
 class VideoMetrics(_Part):
-    """Metrics of one video. psnr_frames shows whether the distance to BF16 grows along the video."""
+    """Metrics of one video. psnr_frames shows whether the distance to BF16 grows along the video; first_frame_psnr is
+    null for a video that was made from text alone."""
 
     psnr: float | None
     psnr_frames: list[float] | None
     ssim: float | None
-    first_frame_psnr: float
+    first_frame_psnr: float | None
     temporal_flickering: float
     motion: float
 
@@ -66,7 +67,7 @@ class Videos(_Part):
     count: Annotated[int, Field(ge=1)]
     psnr: Estimate | None
     ssim: Estimate | None
-    first_frame_psnr: Compared
+    first_frame_psnr: Compared | None
     temporal_flickering: Compared
     motion: Compared
     per_video: dict[str, VideoMetrics]
@@ -108,13 +109,13 @@ class Record(_Part):
         return self
 
 
-def measure_video(video: np.ndarray, bf16: np.ndarray | None, image: np.ndarray) -> VideoMetrics:
+def measure_video(video: np.ndarray, bf16: np.ndarray | None, image: np.ndarray | None) -> VideoMetrics:
     """All metrics of one video.
 
     Args:
         video: uint8 [F, H, W, 3].
         bf16: The video that BF16 made from the same noise; None if `video` is that one.
-        image: The input image as the model was given it, uint8 [H, W, 3].
+        image: The input image as the model was given it, uint8 [H, W, 3]; None for text-to-video.
 
     Raises:
         UserError: The sizes differ, or there is a single frame.
@@ -123,7 +124,7 @@ def measure_video(video: np.ndarray, bf16: np.ndarray | None, image: np.ndarray)
         psnr=None if bf16 is None else psnr(video, bf16),
         psnr_frames=None if bf16 is None else psnr_frames(video, bf16),
         ssim=None if bf16 is None else float(np.mean(ssim_frames(video, bf16))),
-        first_frame_psnr=first_frame_psnr(video, image),
+        first_frame_psnr=None if image is None else first_frame_psnr(video, image),
         temporal_flickering=temporal_flickering(video),
         motion=motion(video),
     )
@@ -156,7 +157,7 @@ def summarize_videos(
         count=len(videos),
         psnr=None if bf16 is None else estimate("psnr"),
         ssim=None if bf16 is None else estimate("ssim"),
-        first_frame_psnr=compared("first_frame_psnr"),
+        first_frame_psnr=None if None in _column(videos, "first_frame_psnr").values() else compared("first_frame_psnr"),
         temporal_flickering=compared("temporal_flickering"),
         motion=compared("motion"),
         per_video=dict(videos),
@@ -199,8 +200,23 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path}: {field}: {first['msg']}; not a metrics file that stage evaluate writes") from error
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Every metrics file of a folder, in the order of the variants, others last. Raises UserError if there is none."""
+def read_records(folder: Path, variants: Sequence[str] | None = None) -> list[Record]:
+    """The metrics files of a folder.
+
+    Args:
+        folder: Where stage evaluate writes.
+        variants: Names of variants, each of which must be there; None for every file.
+
+    Returns:
+        The records in the order of the variants, others last.
+
+    Raises:
+        UserError: There is no file, or one of the wanted ones is missing or damaged.
+    """
+    if variants:
+        if unknown := [name for name in variants if name not in ORDER]:
+            raise UserError(f"--variant {unknown[0]}; allowed: {', '.join(ORDER)}")
+        return [read_record(folder / f"{name}.json") for name in ORDER if name in variants]
     paths = sorted(
         folder.glob("*.json"),
         key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),

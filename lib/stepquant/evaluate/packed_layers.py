@@ -15,7 +15,7 @@ from stepquant.compute.progress import track
 from stepquant.evaluate.layers import LayerError
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
-from stepquant.models.sites import WAN_SITES, Site
+from stepquant.models.sites import Site
 from stepquant.models.weights import open_weights
 from stepquant.params import Compute
 from stepquant.quantize.quantized_layer import relative_error
@@ -37,7 +37,7 @@ def layer_errors(
         model = open_expert(manifest, expert, compute)
         packed = PackedExpert(checkpoint / described.subfolder, compute.device)
         for index in track(range(described.blocks), f"layer errors {checkpoint.name} {expert}"):
-            for site in WAN_SITES:
+            for site in described.ordered_sites:
                 heldout = read_statistics(site_folder(activations(expert), index, site.name), compute.device).heldout
                 W = torch.cat([model.linear_weight(index, linear) for linear in site.linears])
                 bias = torch.cat([model.linear_bias(index, linear) for linear in site.linears]).float()

@@ -18,13 +18,15 @@ from av.container import Flags
 from PIL import Image, ImageDraw, ImageFont
 
 from stepquant.errors import UserError
+from stepquant.models.pictures import fit_picture
 from stepquant.storage.atomic import finished_or_absent
 
 LABEL_HEIGHT = 16  # pixels of the caption band of a preview
 
 
 def model_image(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """An input image as diffusers gives it to the model: resized by Lanczos (its VideoProcessor.preprocess).
+    """An input image as the model is given it: cropped to the aspect ratio, then resized by Lanczos as in diffusers
+    (its VideoProcessor.preprocess).
 
     Args:
         image: The picture of a prompt, RGB.
@@ -34,7 +36,7 @@ def model_image(image: Image.Image, height: int, width: int) -> np.ndarray:
     Returns:
         uint8 [height, width, 3].
     """
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(fit_picture(image, height, width).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:

@@ -1,10 +1,9 @@
-"""A diffusers denoiser, one block at a time: the layers before the blocks (the prologue), and each block.
+"""A diffusers denoiser, one block at a time: the layers around the blocks (the glue), and each block.
 
-Weights are read on request. At most the prologue and one block are in memory. Nothing here depends on quantization.
+Weights are read on request. At most the glue and one block are in memory. Nothing here depends on quantization.
 """
 
 import json
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,9 @@ import torch
 from torch import nn
 
 from stepquant.errors import UserError
+from stepquant.models.block_inputs import BlocksStandIn, Glue
+from stepquant.models.families import find_denoiser
 from stepquant.models.weights import Weights, open_weights
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """The arguments that WanTransformer3DModel passes to its first block, for B calls.
-
-    Attributes:
-        hidden_states: [B, T, D].
-        encoder_hidden_states: text states [B, L, D].
-        timestep_proj: modulation from t, [B, 6, D] float32.
-        rotary_emb: cosines and sines [1, T, 1, head_dim] float32, the same for all calls.
-    """
-
-    hidden_states: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    timestep_proj: torch.Tensor
-    rotary_emb: tuple[torch.Tensor, torch.Tensor]
-
-    def with_hidden_states(self, hidden_states: torch.Tensor) -> "BlockInputs":
-        """The same inputs with other hidden states."""
-        return replace(self, hidden_states=hidden_states)
-
-    def kept(self, earlier: "BlockInputs | None") -> "BlockInputs":
-        """The inputs to keep while the hidden states change from block to block.
-
-        Args:
-            earlier: kept inputs of other calls, if there are any.
-
-        Returns:
-            The inputs without hidden states, and with the rotary embeddings of `earlier` if they are equal.
-        """
-        rotary = self.rotary_emb
-        if earlier is not None and all(map(torch.equal, rotary, earlier.rotary_emb)):
-            rotary = earlier.rotary_emb
-        return replace(self, hidden_states=torch.empty(0), rotary_emb=rotary)
-
-
-class _Caught(Exception):
-    """Carries the first block's arguments out of the denoiser's forward."""
-
-
-class _Catcher(nn.Module):
-    """Stands in for the blocks and ends the forward."""
-
-    def forward(self, *args: Any) -> None:
-        raise _Caught(*args)
 
 
 class Denoiser:
@@ -72,37 +27,51 @@ class Denoiser:
         weights: read in place of those in the folder, such as weights with LoRAs; None for those in the folder.
 
     Raises:
-        UserError: the weights are missing, damaged or pickled.
+        UserError: the weights are missing, damaged or pickled, or the class of the denoiser is not known.
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, weights: Weights | None = None):
         self.weights = open_weights(folder) if weights is None else weights
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.device, self.dtype = device, dtype
+        self.description = find_denoiser(self.config.get("_class_name"))
+        self._stack = self.description.stack
 
     @cached_property
     def _class(self) -> Any:
         # Importing diffusers takes seconds and is not needed to read a single weight.
-        from diffusers import WanTransformer3DModel
+        return self.description.load()
 
-        return WanTransformer3DModel
-
-    def prologue(self) -> nn.Module:
-        """The denoiser without its blocks, for `block_inputs`. Raises UserError if weights and config.json differ."""
-        model: nn.Module = self._class.from_config(self.config | {"num_layers": 0})
-        tensors = {key: self._tensor(key) for key in self.weights if not key.startswith("blocks.")}
+    def glue(self) -> Glue:
+        """The denoiser without its blocks. Raises UserError if weights and config.json differ."""
+        model: nn.Module = self._class.from_config(self.config | {self._stack.count_key: 0})
+        tensors = {key: self._tensor(key) for key in self.weights if not key.startswith(f"{self._stack.attribute}.")}
         self._load(model, tensors)
-        model.blocks = nn.ModuleList([_Catcher()])
-        return model.to(self.device).eval()
+        stand_in = BlocksStandIn(type(self._empty_block()))
+        setattr(model, self._stack.attribute, nn.ModuleList([stand_in]))
+        return Glue(
+            model.to(self.device).eval(),
+            stand_in,
+            self._stack.carried,
+            self.description.timestep,
+            self.dtype,
+            self.device,
+        )
 
     def block(self, index: int) -> nn.Module:
         """Block `index` in evaluation mode. Raises UserError if weights and config.json differ."""
-        with torch.device("meta"):
-            block: nn.Module = self._class.from_config(self.config | {"num_layers": 1}).blocks[0]
-        prefix = f"blocks.{index}."
+        block = self._empty_block()
+        prefix = f"{self._stack.attribute}.{index}."
         tensors = {key.removeprefix(prefix): self._tensor(key) for key in self.weights if key.startswith(prefix)}
         self._load(block, tensors)
         return block.to(self.device).eval()
+
+    def _empty_block(self) -> nn.Module:
+        """A block without weights."""
+        with torch.device("meta"):
+            model = self._class.from_config(self.config | {self._stack.count_key: 1})
+        block: nn.Module = getattr(model, self._stack.attribute)[0]
+        return block
 
     def linear_weight(self, index: int, linear: str) -> torch.Tensor:
         """Weight [N, K] of a linear, as float32 on the device.
@@ -114,7 +83,7 @@ class Denoiser:
         Raises:
             UserError: there is no such tensor.
         """
-        return self._on_device(f"blocks.{index}.{linear}.weight").float()
+        return self._on_device(f"{self._stack.attribute}.{index}.{linear}.weight").float()
 
     def linear_bias(self, index: int, linear: str) -> torch.Tensor:
         """Bias [N] of a linear in the stored dtype, on the device; zeros of the weight's dtype if it has none.
@@ -126,7 +95,7 @@ class Denoiser:
         Raises:
             UserError: the linear has no weight.
         """
-        key = f"blocks.{index}.{linear}"
+        key = f"{self._stack.attribute}.{index}.{linear}"
         if f"{key}.bias" in self.weights:
             return self._on_device(f"{key}.bias")
         weight = self.weights.info(f"{key}.weight")
@@ -153,29 +122,3 @@ class Denoiser:
             raise UserError(
                 f"{self.weights.folder}: the checkpoint {what}; expected the weights of {self._class.__name__}"
             )
-
-
-def block_inputs(
-    prologue: nn.Module, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-) -> BlockInputs:
-    """Compute the first block's inputs for B recorded calls.
-
-    Args:
-        prologue: from `Denoiser.prologue`.
-        hidden_states: [B, C, F, H, W].
-        timestep: [B].
-        encoder_hidden_states: [B, L, text_dim].
-
-    Returns:
-        The inputs, on the prologue's device.
-    """
-    parameter = next(prologue.get_submodule("patch_embedding").parameters())
-    try:
-        prologue(
-            hidden_states=hidden_states.to(parameter.device, parameter.dtype),
-            timestep=timestep.to(parameter.device),
-            encoder_hidden_states=encoder_hidden_states.to(parameter.device, parameter.dtype),
-        )
-    except _Caught as caught:
-        return BlockInputs(*caught.args)
-    raise AssertionError("the denoiser's forward never reached its blocks")

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepquant.errors import InvalidInput, UserError
 from stepquant.models.fused_weights import FusedWeights, Update
 from stepquant.models.lora_config import config_file
@@ -87,11 +85,9 @@ def fuse_into_pipeline(pipe: Any, folder: Path, experts: Sequence[ExpertManifest
     """
     for described in experts:
         weights = open_expert_weights(folder, described)
-        if isinstance(weights, FusedWeights):
-            parameters = dict(getattr(pipe, described.subfolder).named_parameters())
-            with torch.no_grad():
-                for key in weights.changed:
-                    parameters[key].data = weights.get(key).to(parameters[key].dtype)
+        parameters = dict(getattr(pipe, described.subfolder).named_parameters())
+        for key in weights.changed:
+            parameters[key].data = weights.get(key).to(parameters[key].dtype)
 
 
 def _check_unchanged(file: Path, digest: str) -> None:

@@ -1,11 +1,15 @@
 """The model manifest: the parts of a source pipeline, as stored in `artifacts/model/manifest.json`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepquant.errors import UserError
+from stepquant.models.families.description import PromptImages
+from stepquant.models.sites import Site
+from stepquant.storage.atomic import write_text
 from stepquant.storage.digests import content_key
 from stepquant.storage.json_files import read_json
 
@@ -19,8 +23,7 @@ class SiteManifest(_Part):
 
     Attributes:
         depends_on_timestep: False for a site whose input is the same at every step.
-        linears: weight shape (N, K) by module path inside the block, in any order; `Site.linears` defines the order in
-            which rows are stacked.
+        linears: weight shape (N, K) by module path inside the block, in the order in which rows are stacked.
     """
 
     depends_on_timestep: bool
@@ -69,7 +72,7 @@ class ExpertManifest(_Part):
         subfolder: its folder in the pipeline.
         t_range: (lowest, highest) timestep.
         blocks: number of transformer blocks.
-        sites: sites of a block by name.
+        sites: sites of a block by name, in the order in which every stage goes through them.
         inputs: sizes of its inputs.
         bf16_bytes: size of all its weights in BF16.
         loras: what is added to its weights, in this order.
@@ -82,6 +85,11 @@ class ExpertManifest(_Part):
     inputs: DenoiserInputs
     bf16_bytes: int
     loras: tuple[LoraManifest, ...] = ()
+
+    @property
+    def ordered_sites(self) -> tuple[Site, ...]:
+        """The sites of a block, in order."""
+        return tuple(Site(name, tuple(found.linears), found.depends_on_timestep) for name, found in self.sites.items())
 
 
 class Compression(_Part):
@@ -100,7 +108,8 @@ class ModelManifest(_Part):
         pipeline: name of the diffusers class.
         num_train_timesteps: largest timestep.
         compression: downsampling of the VAE.
-        experts: denoisers by name.
+        images: the images of a prompt.
+        experts: denoisers by name, in the order in which a sampler reaches them.
         files: SHA-256 (hex) of every file of the components by path; empty where nothing was hashed.
     """
 
@@ -109,6 +118,7 @@ class ModelManifest(_Part):
     pipeline: str
     num_train_timesteps: int
     compression: Compression
+    images: PromptImages
     experts: dict[str, ExpertManifest]
     files: dict[str, str] = {}
 
@@ -133,6 +143,11 @@ class ModelManifest(_Part):
 def _contents(loras: tuple[LoraManifest, ...]) -> list[Any]:
     """What decides the values of LoRAs: not where they lie."""
     return [[lora.digest, lora.config_digest, lora.weight] for lora in loras]
+
+
+def write_manifest(path: Path, manifest: ModelManifest) -> None:
+    """Write the manifest. Keys stay in their order, which for experts, sites and linears has a meaning."""
+    write_text(path, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
 
 
 def read_manifest(path: Path) -> ModelManifest:

@@ -1,26 +1,31 @@
-"""Prompt manifests: JSONL, one prompt with its first frame and seed per line.
+"""Prompt manifests: JSONL, one prompt with its images and seed per line.
 
     {"id": "calibration_01", "split": "calibration", "prompt": "...", "negative_prompt": "", "image": "images/01.png",
     "seed": 7}
 
-`image` is relative to the manifest's folder and must not leave it. Other keys (source, license, extra) are ignored.
+The model decides which images a prompt has: none for text-to-video, `image` (the first frame), or `image` and
+`last_image`. Paths are relative to the manifest's folder and must not leave it. Other keys (source, license, extra)
+are ignored.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from stepquant.errors import UserError
+from stepquant.errors import InvalidInput, MissingFile, UserError
+from stepquant.models.families.description import PromptImages
+from stepquant.models.pictures import read_picture
 from stepquant.params import Generate, Trajectories
 
 _ID = re.compile(r"[A-Za-z0-9_]+")
-_TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "image": str, "seed": int}
+_TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "seed": int}
+_IMAGES = ("image", "last_image")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Prompt:
         split: what the prompt is used for: calibration, validation, heldout or evaluation.
         prompt: text.
         negative_prompt: text, can be empty.
-        image: path of the first frame, which exists and can be decoded.
+        images: path of each image by column, `image` and `last_image`; they exist and can be decoded.
         seed: of the initial noise, 0 to 2^63 - 1.
     """
 
@@ -40,18 +45,22 @@ class Prompt:
     split: str
     prompt: str
     negative_prompt: str
-    image: Path
+    images: Mapping[str, Path]
     seed: int
 
-    def load_image(self) -> Image.Image:
-        """The first frame as an RGB image."""
-        with Image.open(self.image) as image:
-            return image.convert("RGB")
+    def load_image(self, column: str = "image") -> Image.Image:
+        """One image as RGB, upright and opaque (models/pictures.py); the first frame if no other column is named."""
+        return read_picture(self.images[column])
+
+    def load_images(self) -> dict[str, Image.Image]:
+        """All images as RGB images, by column."""
+        return {column: self.load_image(column) for column in self.images}
 
     def digest(self) -> str:
-        """SHA-256 (hex) of everything that determines the sample: texts, seed and the image file's bytes."""
-        row = [self.id, self.split, self.prompt, self.negative_prompt, self.seed]
-        return hashlib.sha256(json.dumps(row).encode() + self.image.read_bytes()).hexdigest()
+        """SHA-256 (hex) of everything that determines the sample: texts, seed and the image files' bytes."""
+        images = {column: hashlib.sha256(path.read_bytes()).hexdigest() for column, path in self.images.items()}
+        row = [self.id, self.split, self.prompt, self.negative_prompt, self.seed, images]
+        return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> list[Prompt]:
@@ -68,7 +77,7 @@ def read_manifest(path: Path) -> list[Prompt]:
     """
     try:
         # Not splitlines, which also splits at separators that JSON strings can contain.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
     except UnicodeDecodeError as error:
@@ -102,6 +111,29 @@ def take(prompts: list[Prompt], split: str, count: int | None, where: str) -> li
     return chosen[:count]
 
 
+def check_images(prompts: Sequence[Prompt], images: PromptImages, manifest: str) -> None:
+    """Refuse prompts that lack an image of the model, or have one that the model would ignore.
+
+    Args:
+        prompts: some of those of a manifest.
+        images: those that the model takes.
+        manifest: its path, for error messages.
+
+    Raises:
+        InvalidInput: names the manifest and the prompt.
+    """
+    for prompt in prompts:
+        for column in images.required:
+            if column not in prompt.images:
+                raise InvalidInput(f"{manifest}: prompt '{prompt.id}' has no '{column}', which this model needs")
+        for column in prompt.images:
+            if column not in images.required + images.optional:
+                raise InvalidInput(
+                    f"{manifest}: prompt '{prompt.id}' has '{column}', which this model would ignore; allowed: "
+                    f"{', '.join(images.required + images.optional) or 'no images (text-to-video)'}"
+                )
+
+
 def recorded_prompts(settings: Trajectories) -> list[Prompt]:
     """The calibration, validation and held-out prompts to record. Raises UserError if there are too few."""
     rows = read_manifest(Path(settings.manifest))
@@ -128,7 +160,8 @@ def _rows(path: Path, lines: list[str]) -> Iterator[Prompt]:
         if row["id"] in seen:
             raise UserError(f"{where}: id '{row['id']}' is used twice; ids must be unique")
         seen.add(row["id"])
-        yield Prompt(**{key: row[key] for key in _TYPES} | {"image": _image(path.parent, row["image"], where)})
+        images = {name: _image(path.parent, row[name], where) for name in _IMAGES if row.get(name) is not None}
+        yield Prompt(**{key: row[key] for key in _TYPES}, images=images)
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -138,7 +171,8 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}; expected one JSON object per line")
-    for key, kind in _TYPES.items():
+    types = _TYPES | {name: str for name in _IMAGES if row.get(name) is not None}
+    for key, kind in types.items():
         if type(row.get(key)) is not kind:  # isinstance would accept true as a whole number
             raise UserError(
                 f"{where}: '{key}' is {row.get(key)!r}; expected {'text' if kind is str else 'a whole number'}"
@@ -155,10 +189,9 @@ def _image(root: Path, relative: str, where: str) -> Path:
     if not path.is_relative_to(root.resolve()):
         raise UserError(f"{where}: image '{relative}' leaves the manifest's folder; allowed: paths inside {root}")
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"{where}: image '{relative}' does not exist in {root}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: image '{relative}' is no readable picture: {error}") from None
+        read_picture(path)
+    except MissingFile:
+        raise MissingFile(f"{where}: image '{relative}' does not exist in {root}") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: image '{relative}': {str(error).removeprefix(f'{path}: ')}") from None
     return path

@@ -3,27 +3,34 @@
 Equal prompt, image, seed and settings give equal initial noise for every variant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from stepquant.models.families import find_family
 from stepquant.models.manifest import ModelManifest
+from stepquant.models.pictures import fit_picture
 from stepquant.models.source import load_source_pipeline, resolve_source
 from stepquant.params import Compute, Sampling
-from stepquant.torch_setup import torch_dtype
 
 
-def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling) -> Any:
+def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling, scratch: Path) -> Any:
     """The unquantized pipeline of a manifest with its LoRAs, ready to sample.
 
+    Args:
+        manifest: of the source model.
+        compute: device, dtype and offload.
+        sampling: whose timestep shift is set.
+        scratch: an empty folder, which may be deleted afterwards.
+
     Raises:
-        UserError: as `load_source_pipeline` and `open_expert_weights`.
+        UserError: as `load_source_pipeline`.
     """
     folder, experts = resolve_source(manifest.source, manifest.revision), list(manifest.experts.values())
-    dtype = torch_dtype(compute.dtype)
-    return ready_to_sample(lambda: load_source_pipeline(folder, experts, compute.device, dtype), sampling)
+    return ready_to_sample(lambda: load_source_pipeline(folder, experts, compute, scratch), sampling)
 
 
 def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:
@@ -51,35 +58,35 @@ def set_flow_shift(pipe: Any, flow_shift: float) -> None:
 
 
 def sample(
-    pipe: Any, sampling: Sampling, prompt: str, negative_prompt: str, image: Image.Image, seed: int, output_type: str
+    pipe: Any,
+    sampling: Sampling,
+    prompt: str,
+    negative_prompt: str,
+    images: Mapping[str, Image.Image],
+    seed: int,
+    output_type: str,
 ) -> torch.Tensor:
     """Run the pipeline once.
 
     Args:
-        pipe: a Wan image-to-video pipeline, from `ready_to_sample`.
+        pipe: a pipeline of a known class (models/families), from `ready_to_sample`.
         sampling: size, steps and guidance scales.
         prompt: what the video should show.
         negative_prompt: what it should not show.
-        image: the first frame, of any size.
+        images: of any size, by their names in the pipeline's call; none for text-to-video. Their middle is used
+            (`fit_picture`).
         seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
         output_type: as in diffusers.
 
     Returns:
         "pt": frames [F, 3, H, W] in 0..1. "np": frames [F, H, W, 3] in 0..1. "latent": latents [C, F, H, W].
     """
-    dual = {} if pipe.config.boundary_ratio is None else {"guidance_scale_2": sampling.guidance_scale_2}
     result: torch.Tensor = pipe(
-        image=image,
         prompt=prompt,
         negative_prompt=negative_prompt,
-        height=sampling.height,
-        width=sampling.width,
-        num_frames=sampling.num_frames,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        max_sequence_length=sampling.max_sequence_length,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type=output_type,
-        **dual,
+        **{name: fit_picture(image, sampling.height, sampling.width) for name, image in images.items()},
+        **find_family(type(pipe).__name__).call(sampling, pipe.config),
     ).frames[0]
     return result

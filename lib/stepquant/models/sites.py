@@ -21,15 +21,3 @@ class Site:
     name: str
     linears: tuple[str, ...]
     depends_on_timestep: bool = True
-
-
-# The linears of diffusers' WanTransformerBlock. to_k and to_v of attn2 read the text tokens.
-WAN_SITES = (
-    Site("attn1.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
-    Site("attn1.out", ("attn1.to_out.0",)),
-    Site("attn2.q", ("attn2.to_q",)),
-    Site("attn2.kv", ("attn2.to_k", "attn2.to_v"), depends_on_timestep=False),
-    Site("attn2.out", ("attn2.to_out.0",)),
-    Site("ffn.up", ("ffn.net.0.proj",)),
-    Site("ffn.down", ("ffn.net.2",)),
-)

@@ -1,7 +1,8 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
-from stepquant.models.loras import fuse_into_pipeline
+from stepquant.models.families import find_denoiser, find_family
+from stepquant.models.families.description import ExpertRange
+from stepquant.models.hub import commit_of, is_hub_id, snapshot
+from stepquant.models.loras import fuse_into_pipeline, open_expert_weights, record_loras
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
-from stepquant.models.sites import WAN_SITES
+from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.weights import open_weights
-from stepquant.storage.digests import file_digests
+from stepquant.params import Compute, Lora, Sampling
+from stepquant.storage.digests import file_digest, file_digests
+from stepquant.torch_setup import torch_dtype
 
-# Subfolder of each expert. Above the boundary timestep the pipeline calls `transformer`, below it `transformer_2`.
-EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
-DENSE_EXPERT = {"denoiser": "transformer"}
 # The keys of an expert's config.json that determine the size of its inputs.
 INPUT_KEYS = ("in_channels", "out_channels", "patch_size", "text_dim")
 # The Wan VAE's pixels per latent, and frames per latent frame after the first; config.json of the VAE overrides them.
@@ -25,7 +28,7 @@ COMPRESSION = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The local folder of a source model. A hub id is downloaded; this is the only network access of stepquant.
+    """The local folder of a source model. A hub id is downloaded unless its commit is here already (models/hub.py).
 
     Args:
         source: a diffusers folder, or a hub id such as owner/name.
@@ -37,29 +40,25 @@ def resolve_source(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return folder
-    if folder.exists() or source.count("/") != 1:
+    if not is_hub_id(source):
         raise MissingFile(
             f"model.source: {source} has no model_index.json; "
             "expected a diffusers folder, or a hub id such as owner/name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingFile(
-            f"model.source: no folder {source}, and the hub gave no such model: {' '.join(str(error).split())}"
-        ) from None
+    return snapshot(source, revision)
 
 
-def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
-    """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
+def describe_source(folder: Path, source: str, revision: str | None, loras: Sequence[Lora] = ()) -> ModelManifest:
+    """The manifest of a source model: `describe_experts`, its LoRAs, and the SHA-256 of every file of its components.
 
-    Loads no weights. Arguments and errors are those of `describe_experts`.
+    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts` and
+    `record_loras`.
     """
-    described = describe_experts(folder, source, revision)
-    files = {name: digest for name, digest in file_digests(folder).items() if "/" in name or name == "model_index.json"}
+    described = record_loras(describe_experts(folder, source, commit_of(folder, revision)), folder, loras)
+    index = _read_json(folder / "model_index.json")
+    files = {"model_index.json": file_digest(folder / "model_index.json")}
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+        files |= {f"{name}/{path}": digest for path, digest in file_digests(folder / name).items()}
     return described.model_copy(update={"files": files})
 
 
@@ -78,25 +77,45 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
         MissingFile: if a component or its weights are missing.
         DamagedFile: if a config or weight file is truncated or broken.
         UnsupportedCheckpoint: if a component has pickled weights only.
+        InvalidInput: if the pipeline or a denoiser is of another class, or configured as the class cannot run it.
     """
     index = _read_json(folder / "model_index.json", "_class_name")
+    with _located(folder):
+        family = find_family(index["_class_name"])
+        ranges = family.experts(index)
     _check_components(folder)
     steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
-    boundary = index.get("boundary_ratio")
-    folders = DENSE_EXPERT if boundary is None else EXPERT_FOLDERS
-    edges = [0, steps] if boundary is None else [0, boundary * steps, steps]
-    ranges = list(zip(edges, edges[1:]))[::-1]
+    configs = [_denoiser_config(folder / found.subfolder) for found in ranges]
+    with _located(folder):
+        family.check(index, configs)
     return ModelManifest(
         source=source,
         revision=revision,
         pipeline=index["_class_name"],
         num_train_timesteps=steps,
         compression=_compression(folder / "vae" / "config.json"),
-        experts={
-            name: _describe_expert(folder / subfolder, subfolder, low, high)
-            for (name, subfolder), (low, high) in zip(folders.items(), ranges)
-        },
+        images=family.images(index, configs[0]),
+        experts={found.name: _describe_expert(folder, found, config, steps) for found, config in zip(ranges, configs)},
     )
+
+
+@contextmanager
+def _located(folder: Path) -> Iterator[None]:
+    """Puts the folder in front of a family's refusal, which begins with the name of a file in it."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"{folder}/{error}") from None
+
+
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    """An expert's config.json. Raises InvalidInput if it is not that of a denoiser class that is known."""
+    config = _read_json(folder / "config.json", *INPUT_KEYS)
+    with _located(folder):
+        count_key = find_denoiser(config.get("_class_name")).stack.count_key
+    if count_key not in config:
+        raise InvalidInput(f"{folder / 'config.json'}: no '{count_key}' in it; expected that of a diffusers pipeline")
+    return config
 
 
 def _compression(file: Path) -> Compression:
@@ -133,20 +152,21 @@ def _read_json(file: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def _describe_expert(folder: Path, subfolder: str, low: float, high: float) -> ExpertManifest:
-    weights = open_weights(folder)
-    config = _read_json(folder / "config.json", "num_layers", *INPUT_KEYS)
+def _describe_expert(folder: Path, found: ExpertRange, config: dict[str, Any], steps: int) -> ExpertManifest:
+    weights = open_weights(folder / found.subfolder)
+    denoiser = find_denoiser(config["_class_name"])
+    prefix = f"{denoiser.stack.attribute}.0"
     sites = {
         site.name: SiteManifest(
             depends_on_timestep=site.depends_on_timestep,
-            linears={path: _matrix(weights.shape(f"blocks.0.{path}.weight")) for path in site.linears},
+            linears={path: _matrix(weights.shape(f"{prefix}.{path}.weight")) for path in site.linears},
         )
-        for site in WAN_SITES
+        for site in denoiser.sites(config)
     }
     return ExpertManifest(
-        subfolder=subfolder,
-        t_range=(low, high),
-        blocks=config["num_layers"],
+        subfolder=found.subfolder,
+        t_range=(found.low * steps, found.high * steps),
+        blocks=config[denoiser.stack.count_key],
         sites=sites,
         inputs=DenoiserInputs.model_validate({key: config[key] for key in INPUT_KEYS}),
         bf16_bytes=sum(2 * prod(weights.shape(key)) for key in weights),
@@ -158,35 +178,42 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def load_source_pipeline(folder: Path, experts: Sequence[ExpertManifest], device: str, dtype: torch.dtype) -> Any:
-    """Load the unquantized pipeline, with its LoRAs.
+def check_sampling(manifest: ModelManifest, sampling: Sampling) -> None:
+    """Refuse sampling parameters that the model cannot follow, by the configs of its experts.
+
+    Raises:
+        InvalidInput: names the parameter.
+    """
+    folder = resolve_source(manifest.source, manifest.revision)
+    family = find_family(manifest.pipeline)
+    for described in manifest.experts.values():
+        family.check_sampling(sampling, _denoiser_config(folder / described.subfolder))
+
+
+def load_source_pipeline(folder: Path, experts: Sequence[ExpertManifest], compute: Compute, scratch: Path) -> Any:
+    """Load the unquantized pipeline with its LoRAs, and put it where `compute.offload` says.
 
     Args:
         folder: the local folder of the model.
-        experts: its experts, which say what LoRAs they have.
-        device: where it computes; components are offloaded as in `place_pipeline`.
-        dtype: of the components.
+        experts: its experts.
+        compute: device, dtype and offload. The VAE is float32 in any case: 16 bits are visible in a video.
+        scratch: an empty folder, as in `load_mapped`. It may be deleted afterwards.
 
     Raises:
         UserError: as `describe_experts` and `open_expert_weights`, because files may have changed since the model was
             described.
     """
     _check_components(folder)
-    from diffusers import WanImageToVideoPipeline
-
-    pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    fuse_into_pipeline(pipe, folder, experts)
-    return place_pipeline(pipe, device)
-
-
-def place_pipeline(pipe: Any, device: str) -> Any:
-    """Hide the pipeline's progress bar and put it on the device. Returns the pipeline.
-
-    On a GPU, model offload keeps one component at a time on the device, because two 14B experts, a text encoder and a
-    VAE need more memory than most GPUs have.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    if torch.device(device).type == "cpu":
-        return pipe.to(device)
-    pipe.enable_model_cpu_offload(device=device)
-    return pipe
+    family = find_family(_read_json(folder / "model_index.json", "_class_name")["_class_name"])
+    dtype, mapped = torch_dtype(compute.dtype), {}
+    if compute.offload == "disk":
+        for described in experts:
+            place, copy = folder / described.subfolder, scratch / described.subfolder
+            copy.mkdir()
+            weights = open_expert_weights(folder, described)
+            mapped[described.subfolder] = load_mapped(family.denoiser, place, weights, dtype, copy)
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **mapped)
+    if not mapped:
+        fuse_into_pipeline(pipe, folder, experts)
+    return place_pipeline(pipe, compute.device, compute.offload)

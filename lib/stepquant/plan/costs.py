@@ -1,251 +1,82 @@
-"""What each stage computes, moves and holds on a machine: seconds and peak bytes, from shapes.
+"""Every stage of `dvc repro`, in the order in which they run, and what it takes on a machine.
 
-Counted are matrix products, factorizations, GPTQ's column loop, and the traffic to the scratch disk and over PCIe. The
-rest is small. Units are independent (blocks; in capture, shards of the calls), so they are assumed to be spread evenly
-over the devices, up to one unit per device.
+Sampling, packing and evaluating use one device, however many there are.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import ceil
-
-from stepquant.calibration.observer import SLAB
 from stepquant.plan import sizes
-from stepquant.plan.counts import (
-    block_input_bytes,
-    fit_flops,
-    forward_bytes,
-    forward_flops,
-    hessian_flops,
-    linear_bytes,
-    sketch_flops,
-)
-from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, Machine
-from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, search_rows, validation_rows
-from stepquant.quantize.damping import VALIDATION_ROWS
-from stepquant.quantize.gptq import PANEL as TRIANGLE
+from stepquant.plan.cost import Cost
+from stepquant.plan.quantize_costs import capture, clip, gptq, lowrank
+from stepquant.plan.rates import CONTEXT_BYTES, PROCESS_BYTES, STAGING_BYTES, Machine
+from stepquant.plan.sampling_costs import generate, trajectories
+from stepquant.plan.workload import Workload, heldout_rows
+from stepquant.recipe.variants import ORDER, REFERENCE, VARIANTS
 
-# Tensors that exist at a time at the peak of a stage, in multiples of: the site's weight in float32, its Hessian, its
-# tokens, its outputs on them. Checked against benchmarks/memory.py (docs/scale.md).
-LOWRANK = (2, 2, 3, 2)
-GPTQ = (5, 6, 0, 0)
-CLIP = (3, 0, 3, 3)
-TRIED = 2.4  # dampings that a site tries: the mean over the demo's sites
-STAGING_BYTES = int(2e9)  # host buffers for what is read onto a GPU
-COPIES = 3  # chunks of hidden states on a GPU besides those of the forward: two inputs and an output under way
+# The smallest comparison: the source, and what its quantization makes of it.
+FEW = (REFERENCE, "full")
+# Pixels per second, measured at 480 x 832 on one thread of an AMD EPYC: all metrics of a video against BF16's (nearly
+# all of it is SSIM), and those of a video alone.
+PAIR_PIXELS, ALONE_PIXELS = 0.94e6, 27e6
+SHOWN = 6  # videos of each variant in the report
+SHOWN_SECONDS = 0.06  # per frame, to reduce it and to encode it as GIF; measured as above
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One stage on one machine.
-
-    Attributes:
-        stage: Name of the stage, with its expert or variant.
-        seconds: Run time.
-        host: Peak bytes of host memory.
-        device: Peak bytes of each device; 0 if there is none.
-        out: Bytes of its out on this machine's disk.
-        scratch: Bytes on disk that it needs only while it runs.
-    """
-
-    stage: str
-    seconds: float
-    host: float
-    device: float
-    out: float
-    scratch: float = 0.0
-
-
-def stage_costs(run: Workload, machine: Machine) -> list[Cost]:
-    """Every stage but evaluate and report, which are short, in the order in which they run; variants bf16 and full.
-
-    Sampling and packing use one device, however many there are.
-    """
-    recorded, shown = run.recorded_prompts, run.prompts["evaluation"]
-    whole = [expert.bf16_bytes * run.itemsize / 2 for expert in run.experts]
-    packed = [float(sizes.packed_expert(run, expert).bytes) for expert in run.experts]
-    forward = forward_bytes(run, run.experts[0], 1)
-    out = on_disk(run, sizes.trajectories(run).bytes)
-    costs = [sampling(run, machine, "trajectories", recorded, whole, forward, out)]
+def stage_costs(run: Workload, machine: Machine, variants: tuple[str, ...] = ORDER) -> list[Cost]:
+    """Every stage, with the last ones of some variants only."""
+    costs = [model(run, machine), trajectories(run, machine)]
     for stage in (capture, lowrank, gptq, clip):
         costs += [stage(run, expert, machine) for expert in run.experts]
-    costs.append(pack(run, machine))
-    return [
-        *costs,
-        sampling(run, machine, "generate@bf16", shown, whole, forward),
-        sampling(run, machine, "generate@full", shown, packed, forward + linear_bytes(run, run.experts[0])),
-    ]
+    costs += [pack(run, machine, variant) for variant in variants if variant != REFERENCE]
+    costs += [generate(run, machine, variant) for variant in variants]
+    costs += [evaluate(run, machine, variant) for variant in variants]
+    return [*costs, report(run, machine, variants)]
 
 
-def sampling(
-    run: Workload, machine: Machine, stage: str, prompts: int, experts: list[float], working: float, out: float = 0.0
-) -> Cost:
-    """Whole videos: one expert on the device, all components on the host.
+def model(run: Workload, machine: Machine) -> Cost:
+    """Download and hashing of the source model."""
+    size, download = run.model.stored_bytes, run.model.download
+    seconds = size / machine.hash + (size / machine.network if download else 0)
+    return Cost("model", seconds, PROCESS_BYTES, 0, size if download else 0)
 
-    Not counted is the time in which packed linears are dequantized in every forward.
 
-    Args:
-        run: The workload.
-        machine: The machine.
-        stage: Name of the stage.
-        prompts: Videos to sample.
-        experts: Bytes of each expert's weights.
-        working: Bytes that a forward holds besides the weights.
-        out: Bytes of the out.
+def pack(run: Workload, machine: Machine, variant: str) -> Cost:
+    """Codes and scales in the layout of the checkpoint, a block at a time; what is not quantized is copied.
+
+    Without GPTQ, the codes are rounded on the device.
     """
-    flops = prompts * sum(sum(e.steps) * e.branches * e.blocks * forward_flops(run, e) for e in run.experts)
-    everything = PROCESS_BYTES + sum(experts) + run.other_bytes
+    packed = sizes.checkpoint(run, variant).bytes
+    weights = max(site.weights for expert in run.experts for site in expert.sites)
+    block = max(sizes.packed_expert(run, e, variant).bytes / e.blocks for e in run.experts) + 8 * weights
+    rest = max(expert.rest_bytes(4) for expert in run.experts)
+    on_device = machine.device_bytes is not None and not VARIANTS[variant].gptq
+    device = CONTEXT_BYTES + 4 * 4 * weights if on_device else 0  # the weight, its scaled form, residual and codes
+    host = PROCESS_BYTES + 2 * max(block, rest) + (STAGING_BYTES if on_device else 0)
+    read = sum(expert.weights * run.itemsize for expert in run.experts)
+    return Cost(f"pack@{variant}", (2 * packed + read) / machine.disk, host, device, packed)
+
+
+def evaluate(run: Workload, machine: Machine, variant: str) -> Cost:
+    """Metrics of the videos on one thread, and errors of the packed layers on held-out tokens."""
+    pixels = sizes.videos(run).bytes / 3
+    one = 3 * pixels / max(1, run.prompts["evaluation"])
+    if variant == REFERENCE:
+        return Cost(f"evaluate@{variant}", pixels / ALONE_PIXELS, PROCESS_BYTES + 8 * one, 0, 0)
+    flops = read = 0.0
+    for expert in run.experts:
+        rows = {site.name: heldout_rows(run, expert, site) for site in expert.sites}
+        flops += expert.blocks * sum(2 * 2 * rows[site.name] * site.weights for site in expert.sites)
+        read += expert.weights * run.itemsize + sizes.packed_expert(run, expert, variant).bytes
+        read += sizes.activations(run, expert).bytes
+    layer = max(4 * (3 * site.weights + site.K**2) for expert in run.experts for site in expert.sites)
+    seconds = pixels / PAIR_PIXELS + pixels / ALONE_PIXELS + flops / machine.bf16 + read / machine.disk
     if machine.device_bytes is None:
-        return Cost(stage, flops / machine.bf16, everything + working, 0, out)
-    return Cost(stage, flops / machine.bf16, everything, CONTEXT_BYTES + max(experts) + working, out)
+        return Cost(f"evaluate@{variant}", seconds, PROCESS_BYTES + max(layer, 8 * one), 0, 0)
+    host = PROCESS_BYTES + max(STAGING_BYTES, 8 * one)
+    return Cost(f"evaluate@{variant}", seconds, host, CONTEXT_BYTES + layer, 0)
 
 
-def capture(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """Every block's forward over all calls, Hessians of the calibration calls, hidden states and sums through the disk.
-
-    On a GPU the hidden states of each call cross PCIe to and from every block while other calls are computed, so the
-    slower of the two counts.
-    """
-    settings, hidden = run.parameter("capture"), sizes.hidden_state(run, expert)
-    hessians = expert.blocks * sum(hessian_flops(run, expert, site) for site in expert.sites)
-    forward = expert.all_calls * expert.blocks * forward_flops(run, expert)
-    crossing = 2 * expert.all_calls * expert.blocks * hidden / machine.pcie
-    scratch = sizes.hidden_states(run, expert).bytes + sizes.shard_sums(run, expert).bytes
-    kept = sizes.activations(run, expert).bytes
-    workers = min(machine.devices, ceil(expert.all_calls / settings.calls_per_shard))
-    working = max(forward / machine.bf16 + hessians / machine.hessian, crossing)
-    held = min(settings.calls_per_shard, expert.all_calls)
-    return _cost(
-        f"capture@{expert.name}",
-        working / workers + _capture_disk(run, expert, machine, workers),
-        _capture_device(run, expert, machine, held),
-        machine,
-        on_disk(run, kept),
-        scratch,
-        host=workers * held * hidden,
-    )
-
-
-def lowrank(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """Candidates of smoothing and rotation on the search tokens.
-
-    Each exponent, and the smoothing refined by gradients, takes a truncated SVD.
-    """
-    smooth, rank = run.parameter("smooth", expert.name), run.parameter("lowrank", expert.name).rank
-    exponents = len(smooth.candidates) if smooth.alpha == "search" else 1
-    # One for the reference, one per exponent, one per other rotation.
-    products: float = exponents + len(run.parameter("rotate", expert.name).hadamard_sizes)
-    if smooth.gradient_steps:
-        exponents, products = exponents + 1, products + 1.5  # scored on half of the tokens: reference, before, after
-
-    def seconds(site: SiteShape) -> float:
-        flops = products * 2 * search_rows(run, expert, site) * site.weights
-        flops += exponents * sketch_flops(rank, site.weights)
-        # A candidate has a third of the elementwise work of a pass of GPTQ.
-        return flops / machine.fp32 + (products - 1) * site.weights * machine.per_weight / 3
-
-    total = expert.blocks * sum(map(seconds, expert.sites))
-    device = _worst(expert, LOWRANK, lambda site: search_rows(run, expert, site))
-    return _factors(run, expert, machine, "lowrank", total, device, sizes.lowrank(run, expert).bytes)
-
-
-def gptq(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """Per site and damping that it tries, a factorization and a noise-aware target.
-
-    Per refit, a pass over the columns and a weighted fit of the low-rank branch.
-    """
-    rank, settings = run.parameter("lowrank", expert.name).rank, run.parameter("gptq", expert.name)
-    refits = settings.refits if rank else 0
-    passes, tried = max(1, refits), min(len(settings.dampings), TRIED)
-
-    def one_pass(site: SiteShape, rows: float) -> float:
-        columns = site.K * (machine.column_seconds + machine.column_per_row * rows)
-        return rows * site.K**2 / machine.fp32 + columns + rows * site.K * machine.per_weight
-
-    def seconds(site: SiteShape) -> float:
-        scored_rows = min(site.N, max(VALIDATION_ROWS, rank)) if tried > 1 else 0
-        fit, thin_fit = (fit_flops(rank, rows, site.K, iterations=1) for rows in (site.N, scored_rows))
-        flops = tried * 2 / 3 * site.K**3 + refits * fit  # Cholesky, and the inverse of its triangle
-        flops += tried * 2 * validation_rows(run, expert, site) * site.K * 2 * scored_rows  # reference and output
-        if settings.noise:  # two products with a triangle, in panels; the initial branch
-            flops += 2 * (site.weights + tried * scored_rows * site.K) * (site.K + TRIANGLE) + tried * thin_fit + fit
-        trials = tried * one_pass(site, scored_rows) if scored_rows else 0
-        return flops / machine.fp32 + passes * one_pass(site, site.N) + trials
-
-    device = _worst(expert, GPTQ, lambda site: 0)
-    total = expert.blocks * sum(map(seconds, expert.sites))
-    return _factors(run, expert, machine, "gptq", total, device, sizes.residual(run, expert).bytes)
-
-
-def clip(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
-    """The reference and every candidate on the search tokens."""
-    settings = run.parameter("clip", expert.name)
-    offsets = len(settings.exponent_offsets) if run.parameter("format").activation == "mxfp4" else 1
-    candidates = len(settings.ratios) * offsets
-    flops = sum((1 + candidates) * 2 * search_rows(run, expert, site) * site.weights for site in expert.sites)
-
-    def rows(site: SiteShape) -> float:
-        return search_rows(run, expert, site) / (len(expert.steps) if site.per_bin else 1)
-
-    seconds, out = expert.blocks * flops / machine.fp32, sizes.clip(run, expert).bytes
-    return _factors(run, expert, machine, "clip", seconds, _worst(expert, CLIP, rows), out)
-
-
-def pack(run: Workload, machine: Machine) -> Cost:
-    """Codes and scales in the layout of the checkpoint, a block at a time; what is not quantized is copied."""
-    packed = sizes.checkpoint(run).bytes
-    block = max(
-        sizes.packed_expert(run, e).bytes / e.blocks + 8 * max(site.weights for site in e.sites) for e in run.experts
-    )
-    rest = max(expert.rest_bytes for expert in run.experts)
-    return Cost("pack@full", packed * (2 / machine.disk), PROCESS_BYTES + 2 * max(block, rest), 0, packed)
-
-
-def on_disk(run: Workload, size: float) -> float:
-    """Bytes of trajectories or statistics on this machine's disk: none if they are in an object store."""
-    return size if run.parameter("storage").url is None else 0
-
-
-def _capture_disk(run: Workload, expert: ExpertRun, machine: Machine, workers: int) -> float:
-    """Seconds for hidden states and sums, which the worker that makes a shard hashes, and for the statistics."""
-    kept, calls_per_shard = sizes.activations(run, expert).bytes, run.parameter("capture").calls_per_shard
-    shards = ceil(expert.calls("calibration") / calls_per_shard)
-    moved: float = (block_ranges(run, expert) - 1) * expert.all_calls * sizes.hidden_state(run, expert)
-    moved += expert.blocks * shards * sum(4 * site.K**2 for site in expert.sites)
-    return (2 * moved + kept) / machine.disk + moved / machine.hash / workers + kept / machine.hash
-
-
-def _capture_device(run: Workload, expert: ExpertRun, machine: Machine, calls: int) -> float:
-    """Bytes that capture holds where it computes, for a shard of some calls."""
-    chunk: int = run.parameter("capture").calls_per_chunk
-    block: float = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes * run.itemsize / 2
-    statistics = sum(4 * site.K**2 for site in expert.sites) + 12 * SLAB * max(site.K for site in expert.sites)
-    copies = 0 if machine.device_bytes is None else COPIES * chunk * sizes.hidden_state(run, expert)
-    inputs = block_input_bytes(run, expert, calls)
-    return block + statistics + DIFFUSERS_BYTES + forward_bytes(run, expert, chunk) + inputs + copies
-
-
-def _worst(expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:
-    """Peak bytes over the sites, from the multiples of weights, Hessians, tokens and outputs that exist at a time."""
-    weights, hessians, tokens, outputs = copies
-    return max(
-        4 * (weights * site.weights + hessians * site.K**2 + rows(site) * (tokens * site.K + outputs * site.N))
-        for site in expert.sites
-    )
-
-
-def _factors(
-    run: Workload, expert: ExpertRun, machine: Machine, stage: str, seconds: float, device: float, out: float
-) -> Cost:
-    """A stage over independent blocks that reads weights and statistics from disk."""
-    read = (2 * expert.weights + sizes.activations(run, expert).bytes) / machine.disk
-    return _cost(f"{stage}@{expert.name}", seconds / machine.devices + read, device, machine, out)
-
-
-def _cost(
-    stage: str, seconds: float, working: float, machine: Machine, out: float, scratch: float = 0.0, host: float = 0.0
-) -> Cost:
-    """working: bytes where the stage computes, which is the host if there is no device. host: bytes always there."""
-    if machine.device_bytes is None:
-        return Cost(stage, seconds, PROCESS_BYTES + working + host, 0, out, scratch)
-    return Cost(stage, seconds, PROCESS_BYTES + STAGING_BYTES + host, CONTEXT_BYTES + working, out, scratch)
+def report(run: Workload, machine: Machine, variants: tuple[str, ...]) -> Cost:
+    """The page, with some videos of every variant in memory."""
+    sampling = run.parameter("sampling")
+    shown = len(variants) * min(SHOWN, run.prompts["evaluation"])
+    pixels = sampling.num_frames * sampling.height * sampling.width
+    return Cost("report", shown * sampling.num_frames * SHOWN_SECONDS, PROCESS_BYTES + shown * 3 * pixels, 0, 0)

@@ -20,14 +20,16 @@ HEAD = 128  # channels of an attention head of every Wan model
 def forward_flops(run: Workload, expert: ExpertRun) -> float:
     """One block's forward of one call: the linears, self-attention, cross-attention."""
     linears = sum(2 * site.weights * site.tokens for site in expert.sites)
-    text: int = run.parameter("sampling").max_sequence_length
-    return linears + 4 * run.tokens * (run.tokens + text) * expert.width
+    context: int = run.parameter("sampling").max_sequence_length + run.model.image_tokens
+    return linears + 4 * run.tokens * (run.tokens + context) * expert.width
 
 
 def forward_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
     """What one block's forward of some calls holds besides its weights."""
     ffn = max(site.K for site in expert.sites)
     widths = expert.width * (4 * FORWARD_WIDTHS[0] + run.itemsize * FORWARD_WIDTHS[1])
+    if run.model.token_timesteps:  # modulation per token: as it was projected, in float32, and with the block's table
+        widths += MODULATION * expert.width * (run.itemsize + 2 * 4)
     return calls * run.tokens * (widths + ffn * (4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1]))
 
 
@@ -44,9 +46,11 @@ def linear_bytes(run: Workload, expert: ExpertRun) -> float:
 
 
 def block_input_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
-    """What capture keeps on the device for some calls between blocks: text and modulation of each, one rotary table."""
-    text: float = run.parameter("sampling").max_sequence_length * expert.width * run.itemsize
-    return calls * (text + MODULATION * expert.width * 4) + 2 * run.tokens * HEAD * 4
+    """What capture keeps on the device for some calls between blocks: text, image and modulation of each, one rotary
+    table. Modulation per token repeats: the first frame has one t, all others another."""
+    context: float = (run.parameter("sampling").max_sequence_length + run.model.image_tokens) * run.itemsize
+    modulations = 2 if run.model.token_timesteps else 1
+    return calls * expert.width * (context + modulations * MODULATION * 4) + 2 * run.tokens * HEAD * 4
 
 
 def hessian_flops(run: Workload, expert: ExpertRun, site: SiteShape) -> float:

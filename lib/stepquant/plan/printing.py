@@ -14,7 +14,16 @@ from stepquant import profiles
 from stepquant.errors import UserError
 from stepquant.plan.find_model import find_model
 from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
-from stepquant.plan.table import assumptions, calibration_warnings, model_lines, plan_table, prompt_line, warnings
+from stepquant.plan.table import (
+    assumptions,
+    calibration_warnings,
+    disk_line,
+    model_lines,
+    only_lines,
+    plan_table,
+    prompt_line,
+    warnings,
+)
 from stepquant.plan.workload import Workload
 
 RECORDED = Path("artifacts/model/manifest.json")
@@ -33,12 +42,11 @@ def print_plan(params: Path, profile: str | None, names: list[str]) -> None:
     """
     if profile is None:
         return _print(params, names)
-    ready = profiles.read_profiles()
-    if profile not in ready:
-        raise UserError(f"no profile '{profile}'; allowed: {', '.join(sorted(ready))}")
+    chosen = profiles.choose(profiles.read_profiles(), profile)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{profile}.yaml"
-        file.write_text(profiles.overlay(params.read_text() if params.exists() else None, ready[profile]))
+        current = params.read_text(encoding="utf-8-sig") if params.exists() else None
+        file.write_text(profiles.overlay(current, chosen))
         _print(file, names)
 
 
@@ -51,7 +59,7 @@ def make_workload(params: Path) -> Workload:
         return parameters.section(params, section, expert)
 
     model = parameter("model")
-    return Workload(*find_model(model.source, model.revision, RECORDED), parameter)
+    return Workload(find_model(model.source, model.revision, RECORDED), parameter)
 
 
 def machines(names: list[str], compute: Any) -> list[Machine]:
@@ -74,6 +82,10 @@ def _print(params: Path, names: list[str]) -> None:
     for machine in machines(names, run.parameter("compute")):
         console.print()
         console.print(plan_table(run, machine))
+        console.print(disk_line(run, machine))
         for line in warnings(run, machine):
             console.print(f"warning: {line}")
-        console.print(assumptions(machine))
+        console.print(assumptions(run, machine))
+    console.print()
+    for line in only_lines():
+        console.print(line)

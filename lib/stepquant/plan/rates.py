@@ -20,6 +20,8 @@ COLUMN_SECONDS = 60e-6
 PASS_BYTES, BANDWIDTH_SHARE = 200, 0.7
 # Copies between page-locked host memory and a GPU: PCIe 4.0 x16 carries 32 GB/s each way, and copies reach about 25.
 PCIE = 25 * GB
+STAGING_BYTES = int(2 * GB)  # host buffers for what is read onto a GPU
+NETWORK = 0.1 * GB  # of a line of 1 Gbit/s
 # A Python process with torch before it has read a tensor, the models of diffusers on top of it (both measured), and a
 # CUDA context.
 PROCESS_BYTES, DIFFUSERS_BYTES, CONTEXT_BYTES = int(0.25 * GB), int(0.2 * GB), int(0.6 * GB)
@@ -45,6 +47,7 @@ class Machine:
         pcie: Bytes per second between host and device.
         disk: Bytes per second of the scratch disk.
         hash: Bytes per second of SHA-256.
+        network: Bytes per second of a download.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Machine:
     pcie: float = float("inf")
     disk: float = 3 * GB  # about half of what vendors of NVMe drives state
     hash: float = 1.8 * GB  # measured, one core with SHA instructions
+    network: float = NETWORK
 
 
 def gpu(

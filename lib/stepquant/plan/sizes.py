@@ -1,6 +1,7 @@
 """Bytes of every artifact, from shapes: exact for tensors and safetensors headers, approximate for JSON.
 
-Videos are left out, because their size depends on their content; so are model, metrics and report, which are small.
+The size of videos depends on their content; counted is what they cannot exceed by much, their pixels. Left out are
+model, metrics and report, which are small.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 from stepquant.formats import get_format
 from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, rows_kept
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
+from stepquant.recipe.variants import VARIANTS
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 
 # Bytes of the zarr.json of an array and of a group of ours, as zarr 3.1.6 writes them.
@@ -56,7 +58,7 @@ def trajectories(run: Workload) -> Size:
     branches, steps = run.experts[0].branches, sum(sum(expert.steps) for expert in run.experts)
     condition = inputs.in_channels - inputs.out_channels
     values = (steps * inputs.out_channels + condition) * frames * height * width
-    values += branches * sampling.max_sequence_length * inputs.text_dim
+    values += branches * sampling.max_sequence_length * inputs.text_dim + run.model.image_tokens * run.model.image_dim
     prompts = run.recorded_prompts
     names = 24 * steps  # the attributes name the expert of each step
     each = values * run.itemsize + 4 * steps + 4 * ARRAY_METADATA + GROUP_METADATA + names
@@ -153,24 +155,30 @@ def clip(run: Workload, expert: ExpertRun) -> Size:
     return _blocks(expert, lambda site: ClipTable.shapes(count(site)), record)
 
 
-def checkpoint(run: Workload) -> Size:
-    """A packed pipeline folder of variant `full`, with the other components copied."""
-    sizes = [packed_expert(run, expert) for expert in run.experts]
-    return Size(run.other_bytes + sum(size.bytes for size in sizes), sum(size.files for size in sizes))
+def videos(run: Workload) -> Size:
+    """The evaluation videos of one variant, without compression."""
+    sampling, prompts = run.parameter("sampling"), run.prompts["evaluation"]
+    return Size(prompts * 3 * sampling.num_frames * sampling.height * sampling.width, prompts)
 
 
-def packed_expert(run: Workload, expert: ExpertRun) -> Size:
-    """The folder of one quantized denoiser. Loaded in BF16 it takes as much memory."""
-    formats = run.parameter("format")
+def checkpoint(run: Workload, variant: str = "full") -> Size:
+    """A packed pipeline folder, with the other components copied."""
+    sizes = [packed_expert(run, expert, variant) for expert in run.experts]
+    return Size(run.model.other_stored_bytes + sum(size.bytes for size in sizes), sum(size.files for size in sizes))
+
+
+def packed_expert(run: Workload, expert: ExpertRun, variant: str = "full") -> Size:
+    """The folder of one quantized denoiser. Loaded it takes as much memory."""
+    formats, recipe = run.parameter("format"), VARIANTS[variant]
     targets = {f"blocks.0.{path}": shape for site in expert.sites for path, shape in site.linears.items()}
     settings = QuantizationSettings(
         weight_format=formats.weight,
-        activation_format=formats.activation,
+        activation_format=formats.activation if recipe.activations else None,
         activation_rounding=formats.e8m0_activation,
-        rank=run.parameter("lowrank", expert.name).rank,
-        mean_subtraction=run.parameter("center", expert.name).means,
+        rank=run.parameter("lowrank", expert.name).rank if recipe.low_rank else 0,
+        mean_subtraction=run.parameter("center", expert.name).means and recipe.low_rank,
         rotations={},
-        bin_edges=tuple(range(len(expert.steps), -1, -1)),
+        bin_edges=tuple(range(len(expert.steps) if recipe.clip == "per_bin" else 1, -1, -1)),
         targets=tuple(targets),
     )
     tensors: Shapes = {}
@@ -179,7 +187,12 @@ def packed_expert(run: Workload, expert: ExpertRun) -> Size:
     # Per block also biases, norms and modulation; outside the blocks about 20 tensors.
     names = expert.blocks * (len(tensors) + len(targets) + 10) + 20
     texts = names * 95 + expert.blocks * len(targets) * 50
-    return Size(expert.blocks * safetensors_bytes(tensors) + expert.rest_bytes + texts, expert.blocks + 3)
+    # In the dtype of the arithmetic if that is narrower than the source's; what stays float32 as it is in the source.
+    stored = max(2, run.model.stored_itemsize(expert.name))
+    narrow = min(stored, run.itemsize)
+    biases = expert.blocks * sum(rows for rows, _ in targets.values())  # float32 in every checkpoint
+    rest = round(expert.rest_bytes(narrow, stored) + biases * (4 - narrow))
+    return Size(expert.blocks * safetensors_bytes(tensors) + rest + texts, expert.blocks + 3)
 
 
 def safetensors_bytes(tensors: Shapes) -> int:

@@ -11,10 +11,12 @@ from typing import Any
 from stepquant.models.bins import expert_bins
 from stepquant.models.manifest import DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.params import Capture
+from stepquant.plan.source_model import SourceModel
 
 # Prompts per split if the parameters take all and the manifest of prompts is not there to be counted.
 ASSUMED_PROMPTS = {"calibration": 8, "validation": 2, "heldout": 4, "evaluation": 16}
 RECORDED = ("calibration", "validation", "heldout")  # splits whose trajectories are recorded and replayed
+IMAGE_SITE = "attn2.add_kv"  # reads image tokens, as the other site that does not depend on t reads text
 LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
 
 
@@ -69,6 +71,7 @@ class ExpertRun:
         sites: The sites of a block.
         bf16_bytes: Bytes of all its weights in BF16.
         steps: Recorded steps per prompt, by bin.
+        float32_values: Weights that stay float32 whatever `compute.dtype` is.
         branches: Calls per step: 2 with guidance, else 1.
         prompts: Split -> number of prompts.
         steps_per_bin: At most so many steps per prompt and bin are replayed; None for all.
@@ -79,6 +82,7 @@ class ExpertRun:
     blocks: int
     sites: tuple[SiteShape, ...]
     bf16_bytes: int
+    float32_values: int
     steps: tuple[int, ...]
     branches: int
     prompts: dict[str, int]
@@ -89,10 +93,14 @@ class ExpertRun:
         """Number of weights in the quantized linears of all blocks."""
         return self.blocks * sum(site.weights for site in self.sites)
 
-    @property
-    def rest_bytes(self) -> int:
-        """Bytes of what stays unquantized, in BF16."""
-        return self.bf16_bytes - 2 * self.weights
+    def rest_bytes(self, itemsize: float, kept_itemsize: float = 4) -> float:
+        """Bytes of what stays unquantized. kept_itemsize: bytes per value of what diffusers keeps in float32."""
+        values = self.bf16_bytes // 2 - self.weights
+        return values * itemsize + self.float32_values * (kept_itemsize - itemsize)
+
+    def loaded_bytes(self, itemsize: int) -> float:
+        """Bytes of all weights in memory."""
+        return self.weights * itemsize + self.rest_bytes(itemsize)
 
     @property
     def width(self) -> int:
@@ -115,14 +123,17 @@ class Workload:
     """A model under some parameters.
 
     Attributes:
-        manifest: The model.
-        other_bytes: Bytes of the pipeline's other components.
+        model: The model.
         parameter: (section, expert=None) -> the validated section.
     """
 
-    manifest: ModelManifest
-    other_bytes: int
+    model: SourceModel
     parameter: Callable[..., Any]
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """The model's manifest."""
+        return self.model.manifest
 
     @cached_property
     def prompts(self) -> dict[str, int]:
@@ -181,6 +192,7 @@ class Workload:
             described.blocks,
             tuple(sites),
             described.bf16_bytes,
+            self.model.float32[name],
             tuple(steps),
             branches,
             self.prompts,
@@ -188,8 +200,10 @@ class Workload:
         )
 
     def _site(self, name: str, described: SiteManifest) -> SiteShape:
-        text: int = self.parameter("sampling").max_sequence_length
-        return SiteShape(name, described, self.tokens if described.depends_on_timestep else text)
+        context: int = self.parameter("sampling").max_sequence_length
+        if name == IMAGE_SITE:
+            context = self.model.image_tokens
+        return SiteShape(name, described, self.tokens if described.depends_on_timestep else context)
 
 
 def timesteps(steps: int, shift: float) -> list[float]:
@@ -209,8 +223,7 @@ def _count(wanted: int | None, manifest: Path, split: str) -> int:
 
 def rows_kept(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
     """Sampled tokens of a site, all splits and bins."""
-    heldout = _sampled(expert, site, "heldout", run.parameter("capture").heldout_tokens)
-    return search_rows(run, expert, site) + validation_rows(run, expert, site) + heldout
+    return search_rows(run, expert, site) + validation_rows(run, expert, site) + heldout_rows(run, expert, site)
 
 
 def search_rows(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
@@ -221,6 +234,11 @@ def search_rows(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
 def validation_rows(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
     """Sampled validation tokens of a site, all bins."""
     return _sampled(expert, site, "validation", run.parameter("capture").search_tokens)
+
+
+def heldout_rows(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
+    """Sampled held-out tokens of a site, all bins."""
+    return _sampled(expert, site, "heldout", run.parameter("capture").heldout_tokens)
 
 
 def _sampled(expert: ExpertRun, site: SiteShape, split: str, wanted: int) -> int:

@@ -53,7 +53,8 @@ class InputTransform:
 
     def apply(self, x: Tensor) -> Tensor:
         """The transformed input before rounding: float32 [T, K] for x [T, K] of any float dtype."""
-        return self.rotate((x.float() - self.mean.float()) / self.smooth.float())
+        check_rotation(self.rotation, x.shape[-1])
+        return transform_input(x, self.smooth, self.mean, self._matrix if self.rotation else None)
 
     def hessian(self, H: Tensor) -> Tensor:
         """Hessian [K, K] of `apply(x)`, from the Hessian [K, K] of x - mean."""
@@ -74,3 +75,20 @@ class InputTransform:
         """The mean's contribution to the output, float32 [N]: mean @ (W - branch).T."""
         mean = self.mean.float()
         return mean @ W.float().T - (mean @ proj_down.float()) @ proj_up.float().T
+
+
+def transform_input(x: Tensor, smooth: Tensor, mean: Tensor | None, matrix: Tensor | None) -> Tensor:
+    """rotate((x - mean) / smooth), computed in float32.
+
+    Args:
+        x: Raw input [..., K] of any float dtype.
+        smooth: Smoothing factor [K].
+        mean: What is subtracted, [K]; None subtracts nothing.
+        matrix: Rotation matrix, float32, from `hadamard`; None does not rotate.
+
+    Returns:
+        float32 [..., K].
+    """
+    z = x.float() if mean is None else x.float() - mean.float()
+    z = z / smooth.float()
+    return z if matrix is None else rotate_by(z, matrix)

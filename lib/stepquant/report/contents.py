@@ -11,7 +11,6 @@ from stepquant.evaluate.metrics_file import Record
 from stepquant.evaluate.video import read_video
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.prompts import Prompt
-from stepquant.models.sites import WAN_SITES
 from stepquant.recipe.site_files import ClipTable
 from stepquant.report.page import GalleryRow
 from stepquant.report.plots import ClipRatio
@@ -24,7 +23,8 @@ def gallery_rows(
     rows = []
     for prompt in prompts:
         videos = {variant: read_video(video(variant, prompt.id)) for variant in variants}
-        rows.append(GalleryRow(prompt.id, prompt.prompt, np.asarray(prompt.load_image()), videos))
+        image = np.asarray(prompt.load_image()) if "image" in prompt.images else None
+        rows.append(GalleryRow(prompt.id, prompt.prompt, image, videos))
     return rows
 
 
@@ -33,7 +33,7 @@ def clip_ratios(manifest: ModelManifest, folder: Callable[[str], Path]) -> list[
     chosen = []
     for expert, described in manifest.experts.items():
         for index in range(described.blocks):
-            for site in WAN_SITES:
+            for site in described.ordered_sites:
                 table = ClipTable.from_file(folder(expert) / block_name(index), site.name, "cpu")
                 ratios = (table.ratio * table.exponent.float().exp2()).tolist()
                 bins = range(len(ratios)) if site.depends_on_timestep else [None]
@@ -47,7 +47,7 @@ def headline(record: Record) -> dict[str, Any]:
     return {
         "psnr": videos.psnr and videos.psnr.mean,
         "ssim": videos.ssim and videos.ssim.mean,
-        "first_frame_psnr": videos.first_frame_psnr.mean,
+        "first_frame_psnr": videos.first_frame_psnr and videos.first_frame_psnr.mean,
         "layer_error": {expert: layers.mean for expert, layers in record.layers.items()},
         "size_ratio": record.memory.ratio,
     }

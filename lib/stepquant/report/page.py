@@ -33,13 +33,13 @@ class GalleryRow:
     Attributes:
         sample: The id of the prompt.
         prompt: Its text.
-        image: The input image, uint8 [H, W, 3].
+        image: The input image, uint8 [H, W, 3]; None for text-to-video.
         videos: Variant -> its video, uint8 [F, H, W, 3].
     """
 
     sample: str
     prompt: str
-    image: np.ndarray
+    image: np.ndarray | None
     videos: Mapping[str, np.ndarray]
 
 
@@ -125,14 +125,18 @@ def _check(variants: Sequence[str], gallery: Sequence[GalleryRow]) -> None:
 
 
 def _pictures(row: GalleryRow, variants: Sequence[str], fps: int) -> dict[str, Any]:
-    image = BytesIO()
-    Image.fromarray(row.image).save(image, "PNG")
     gifs = {variant: encode_gif(_reduced(row.videos[variant]), fps) for variant in variants}
     return {
         "prompt": row.prompt,
-        "image": _data_uri("image/png", image.getvalue()),
+        "image": None if row.image is None else _png(row.image),
         "gifs": {variant: _data_uri("image/gif", gif) for variant, gif in gifs.items()},
     }
+
+
+def _png(image: np.ndarray) -> str:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return _data_uri("image/png", buffer.getvalue())
 
 
 def _reduced(video: np.ndarray) -> np.ndarray:

@@ -170,8 +170,10 @@ def _decibels(value: Estimate | None) -> Cell:
     return Cell("identical") if value and value.low >= PSNR_CAP else _estimate(value, 1)
 
 
-def _compared(value: Compared, digits: int) -> Cell:
+def _compared(value: Compared | None, digits: int) -> Cell:
     """The value, and the interval of its difference to BF16."""
+    if value is None:
+        return Cell(NONE)
     if value.difference is None:
         return Cell(f"{value.mean:.{digits}f}")
     low, high = (f"{end:+.{digits}f}".replace("-", "−") for end in (value.difference.low, value.difference.high))

@@ -6,7 +6,8 @@ A checkpoint is a diffusers pipeline folder. The folder of each expert (`transfo
     diffusion_pytorch_model.safetensors.index.json  key -> shard
     diffusion_pytorch_model-0000I-of-0000N.safetensors
                                                     one shard per block with the tensors below, then one with every
-                                                    other tensor of the source, bit for bit
+                                                    other tensor of the source, in the dtype in which it is computed
+                                                    with (`stored_dtype` in stepquant.checkpoint.rest)
 
 Each target linear y = x W^T + b with W [N, K] loses `TARGET.weight` and gets the tensors below. G is the group size of
 the weight format, R the rank and B the number of timestep bins.
@@ -19,8 +20,9 @@ the weight format, R the rank and B the number of timestep bins.
     TARGET.wcscales         bf16  [N]        nvfp4 only: scale per output channel
     TARGET.smooth_factor    bf16  [K]
     TARGET.mean             bf16  [K]        with "mean_subtraction": subtracted from the input of the 4-bit path
-    TARGET.bias                   [N]        with "mean_subtraction": the source's b plus the contribution of the mean,
-                                             mean W^T - (mean proj_down) proj_up^T, in the dtype of b
+    TARGET.bias             fp32  [N]        if the source has one, or with "mean_subtraction": the source's b plus the
+                                             contribution of the mean, mean W^T - (mean proj_down) proj_up^T. It can be
+                                             much larger than the output, so 16 bits are not enough
     TARGET.proj_down        bf16  [K, R]     if R > 0; applied to the raw x, not to x / smooth_factor
     TARGET.proj_up          bf16  [N, R]     if R > 0
     TARGET.clip_ratio       fp32  [B]        if activations are quantized; multiplies the absmax of each group
@@ -167,7 +169,7 @@ def _is_hadamard_size(size: object) -> bool:
 def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype, by name, of the tensors that a quantized [N, K] linear has in place of its weight.
 
-    The bias is not among them; with mean subtraction it keeps the dtype of the source's bias.
+    The bias is not among them. It is always float32.
     """
     fmt = get_format(settings.weight_format)
     layout = {

@@ -9,12 +9,18 @@ tokens. Under torch.compile both are done in one piece: the compiler fuses the t
 and independent of the number of tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepquant.errors import InvalidInput
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
-from stepquant.quantize.rotate import check_rotation, hadamard, rotate_by
+from stepquant.quantize.rotate import check_rotation, hadamard
+from stepquant.quantize.transform import transform_input
+from stepquant.runtime.absent_weight import AbsentWeight
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.timestep_bin import TimestepBin
 
@@ -26,9 +32,15 @@ ROWS_PER_PANEL = 512
 class W4A4Linear(nn.Linear):
     """A quantized replacement of nn.Linear, with the buffers of `linear_layout` and the bias of the original, if any.
 
-    It is an nn.Linear so that libraries that search for linears (LoRA loaders) find it, but it has no `weight`. `bin`
-    selects the clip; `stepquant.runtime.timestep.follow_timestep` sets it. Input and output have the dtype of x.
-    Scales, smoothing and rounding are computed in float32.
+    It is an nn.Linear so that libraries that search for linears (LoRA loaders) find it; its `weight` has no values
+    (AbsentWeight). `bin` selects the clip; `stepquant.runtime.timestep.follow_timestep` sets it. Input and output have
+    the dtype of x. Scales, smoothing and rounding are computed in float32, and the bias is added in float32.
+
+    Every tensor keeps its dtype: `to`, `half` and the like move them, but do not cast them.
+
+    Attributes:
+        compute_dtype: dtype of the activations, which `weight` shows. PEFT gives it to the LoRAs that it puts beside
+            the layer.
     """
 
     qweight: Tensor
@@ -75,6 +87,7 @@ class W4A4Linear(nn.Linear):
         self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
         self.bin = TimestepBin()
+        self.compute_dtype = torch.float32
         check_rotation(rotation, in_features)
         for fmt in (self.weight_format, self.activation_format):
             if fmt is not None:
@@ -84,26 +97,60 @@ class W4A4Linear(nn.Linear):
         if rotation:  # computed, never loaded: it must hold values where the others are still on "meta"
             on = "cpu" if torch.device(device).type == "meta" else device
             self.register_buffer("hadamard", hadamard(rotation, device=on), persistent=False)
-        bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
-        self.register_parameter("bias", bias_values)
+        values = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
+        self.register_parameter("bias", values if bias else None)
+
+    # A property, not a parameter: nothing that stores or moves parameters finds it, and it takes no memory.
+    @property
+    def weight(self) -> AbsentWeight:  # type: ignore[override]
+        """Shape, dtype and device of the weight; anything else raises InvalidInput."""
+        return AbsentWeight((self.out_features, self.in_features), self.compute_dtype, self.qweight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Every move and cast of a module ends here. Moves are made; casts are not, for they would round scales."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output [..., N] of the layer for x [..., K], in the dtype of x and with the clip of the current bin."""
-        weight = self.dequantized_weight(x.dtype)
+        """Output [..., N] of the layer for x [..., K], in the dtype of x and with the clip of the current bin.
+
+        Raises:
+            InvalidInput: if the denoiser was called with one timestep per sample, and x has another number of samples.
+        """
+        weight, bins = self.dequantized_weight(x.dtype), self._bins(x)
         if torch.compiler.is_compiling() or x.shape[:-1].numel() <= TOKENS_PER_SLAB:
-            return self._forward_slab(x, weight)
+            return self._forward_slab(x, weight, bins)
         tokens = x.flatten(0, -2)
+        if len(bins) > 1:  # of each token
+            bins = bins.unsqueeze(1).expand(-1, len(tokens) // len(bins)).flatten()
         y = x.new_empty(len(tokens), self.out_features)
         for start in range(0, len(tokens), TOKENS_PER_SLAB):
             slab = slice(start, start + TOKENS_PER_SLAB)
-            y[slab] = self._forward_slab(tokens[slab], weight)
+            y[slab] = self._forward_slab(tokens[slab], weight, bins[slab] if len(bins) > 1 else bins)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _forward_slab(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = F.linear(self.quantized_input(x), weight, self.bias)
+    def _bins(self, x: Tensor) -> Tensor:
+        """The current bin, int64 [1], or that of each sample of x [B, ..., K], int64 [B]."""
+        bins = self.bin.on(x.device)
+        if len(bins) > 1 and (x.dim() < 2 or len(x) != len(bins)):
+            raise InvalidInput(
+                f"input of a quantized linear: shape {tuple(x.shape)}, but the denoiser was called with "
+                f"{len(bins)} timesteps; expected as many samples in the first dimension, or one timestep for all"
+            )
+        return bins
+
+    def _forward_slab(self, x: Tensor, weight: Tensor, bins: Tensor) -> Tensor:
+        # The mean's contribution to the bias can be much larger than the output: it is added before any rounding.
+        y = F.linear(self._quantized_input(x, bins), weight).float()
+        if self.bias is not None:
+            y += self.bias
         if self.rank > 0:
-            y = y + F.linear(x @ self.proj_down.to(x.dtype), self.proj_up.to(x.dtype))
-        return y
+            y += F.linear(x @ self.proj_down.to(x.dtype), self.proj_up.to(x.dtype))
+        return y.to(x.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input of the 4-bit GEMM: x [..., K] transformed and fake-quantized with the clip of the current bin.
@@ -112,16 +159,20 @@ class W4A4Linear(nn.Linear):
             A tensor of the shape and dtype of x. Its values are multiples of the group scales, which are computed in
             float32; if activations stay unquantized, it is the transformed x.
         """
-        x32 = x.float() - self.mean.float() if self.mean_subtraction else x.float()
-        z = x32 / self.smooth_factor.float()
-        if self.rotation:
-            z = rotate_by(z, self.hadamard)
+        return self._quantized_input(x, self._bins(x))
+
+    def _quantized_input(self, x: Tensor, bins: Tensor) -> Tensor:
+        """bins: int64 [1], or the bin of each entry of the first dimension of x."""
+        mean, matrix = self.mean if self.mean_subtraction else None, self.hadamard if self.rotation else None
+        z = transform_input(x, self.smooth_factor, mean, matrix)
         if self.activation_format is None:
             return z.to(x.dtype)
         # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
-        index = self.bin.on(x.device)
-        ratio = self.clip_ratio.index_select(0, index)
-        offset = self.clip_exponent.index_select(0, index) if self.activation_format.name == "mxfp4" else 0
+        per_sample = (-1, *[1] * (x.dim() - 1))
+        ratio = self.clip_ratio.index_select(0, bins).view(per_sample)
+        offset: int | Tensor = 0
+        if self.activation_format.name == "mxfp4":
+            offset = self.clip_exponent.index_select(0, bins).view(per_sample)
         rounded = self.activation_format.fake_quantize(
             z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
         )

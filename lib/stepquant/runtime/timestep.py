@@ -14,19 +14,20 @@ from stepquant.runtime.timestep_bin import TimestepBin
 
 
 def bin_index(timestep: Tensor, edges: Sequence[float]) -> Tensor:
-    """Bin of a timestep tensor, equal to `stepquant.models.bins.Bins.index`.
+    """Bin of every sample of a call, equal to `stepquant.models.bins.Bins.index`.
 
     Args:
-        timestep: integer or float, [B] with equal values, or [B, tokens] where conditioning tokens have t = 0. The
-            largest value is used.
+        timestep: integer or float, [] or [B], or [B, tokens] where conditioning tokens have t = 0: the largest value of
+            a sample is its t.
         edges: falling values of t. A t beyond the outer edges belongs to the first or the last bin: an error would
             need the value on the host, which would stall a GPU at every call.
 
     Returns:
-        int64 [1] on the device of `timestep`.
+        int64 [B] on the device of `timestep`; [1] for a timestep without dimensions.
     """
-    t = timestep.max().double()  # double, as the edges are, so that a t on an edge gets the same bin as in Bins
-    index = torch.zeros(1, dtype=torch.int64, device=timestep.device)
+    samples = len(timestep) if timestep.dim() else 1
+    t = timestep.reshape(samples, -1).amax(1).double()  # double, as the edges are: a t on an edge gets the same bin
+    index = torch.zeros(samples, dtype=torch.int64, device=timestep.device)
     for edge in edges[1:-1]:
         index += t <= edge
     return index

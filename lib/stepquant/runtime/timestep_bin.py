@@ -1,4 +1,4 @@
-"""The current timestep bin of a denoiser."""
+"""The current timestep bin of a denoiser, for all samples of a call or for each."""
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ class TimestepBin:
         """Make `index` the current bin.
 
         Args:
-            index: int64 [1], on any device, or an int. A tensor is kept, not copied, and its value is not read.
+            index: int64 on any device, [1] or one value per sample, or an int. A tensor is kept, not copied, and its
+                values are not read.
         """
         # Assigned, not copied into the old tensor: that one may be on another device, or made in inference mode.
         self._index = torch.tensor([index], dtype=torch.int64) if isinstance(index, int) else index
 
     def on(self, device: torch.device) -> Tensor:
-        """The current bin, int64 [1], on a device. Nothing is copied if it is there already."""
+        """The current bin, int64 [1] or [samples], on a device. Nothing is copied if it is there already."""
         return self._index.to(device)

@@ -1,5 +1,7 @@
 """Files and folders that are finished or absent: written under a temporary name, then renamed."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,28 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file, whole or not at all."""
     with finished_or_absent(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk, so that not even a power cut takes it back.
+
+    Some disks, such as network and FUSE mounts, cannot do this for folders, or at all. That is no error: they bring
+    data to disk on their own, and what a power cut damages is found by its size or its header.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    finally:
+        os.close(handle)
 
 
 def _temporary(path: Path) -> Path:

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from stepquant.errors import InvalidInput, MissingFile
 
 
 def content_key(**parts: Any) -> str:
@@ -12,11 +15,31 @@ def content_key(**parts: Any) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file below a folder, sorted, without hidden files and folders."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {
-        name: file_digest(folder / name) for name in names if not any(part.startswith(".") for part in name.split("/"))
-    }
+    """Relative path -> SHA-256 of every file below a folder, sorted, without hidden files and folders.
+
+    Symbolic links to files and folders are followed.
+
+    Raises:
+        MissingFile: a link leads nowhere.
+        InvalidInput: a linked folder contains itself.
+    """
+    return {name: file_digest(folder / name) for name in sorted(_files(folder, "", (folder.resolve(),)))}
+
+
+def _files(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[str]:
+    """Relative paths of the files below a folder. above: the real paths of the folders that lead to it."""
+    for entry in folder.iterdir():
+        name = f"{prefix}{entry.name}"
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if (real := entry.resolve()) in above:
+                raise InvalidInput(f"{entry}: a link to {real}, which contains it")
+            yield from _files(entry, f"{name}/", (*above, real))
+        elif entry.is_file():
+            yield name
+        elif entry.is_symlink():
+            raise MissingFile(f"{entry}: a link to {entry.readlink()}, which is not there")
 
 
 def file_digest(path: Path) -> str:

@@ -21,13 +21,12 @@ class BlockStack:
     Attributes:
         attribute: name of the ModuleList, which is also the prefix of the weights' keys.
         count_key: key of config.json with the number of blocks.
-        carried: names of the block's arguments that the block's output replaces for the next block, in the order of
-            the output.
+        carried: name of the block's argument that the block's output replaces for the next block.
     """
 
     attribute: str
     count_key: str
-    carried: tuple[str, ...]
+    carried: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class DenoiserClass:
             conditions.
         timestep: argument of forward with t, [B] or [B, tokens].
         sites: the sites of a block by the denoiser's config, in the order in which they are reached.
+        float32: names of the modules and parameters that diffusers keeps in float32 for every dtype
+            (`_keep_in_fp32_modules` of the class).
     """
 
     name: str
@@ -48,6 +49,11 @@ class DenoiserClass:
     latents: str
     timestep: str
     sites: Callable[[Config], tuple[Site, ...]]
+    float32: tuple[str, ...]
+
+    def keeps_float32(self, key: str) -> bool:
+        """Whether diffusers keeps the tensor of this key in float32."""
+        return any(name in key.split(".") for name in self.float32)
 
     def load(self) -> Any:
         """The class itself. Importing diffusers takes seconds, so nothing else here does it."""
@@ -101,7 +107,7 @@ class Family:
         check_sampling: refuses sampling parameters that this pipeline cannot follow, by the sampling section and an
             expert's config.
         call: the arguments of the pipeline's call but for prompt, images and generator, by the sampling section and
-            the number of experts.
+            model_index.json (which a loaded pipeline has as its config).
     """
 
     pipeline: str
@@ -110,7 +116,7 @@ class Family:
     images: Callable[[Config, Config], PromptImages]
     check: Callable[[Config, Sequence[Config]], None]
     check_sampling: Callable[[Sampling, Config], None]
-    call: Callable[[Sampling, int], dict[str, Any]]
+    call: Callable[[Sampling, Config], dict[str, Any]]
 
     def load(self) -> Any:
         """The pipeline class itself; imports diffusers, which takes seconds."""

@@ -66,7 +66,7 @@ def check_equal_inputs(configs: Sequence[Config]) -> None:
                 )
 
 
-def wan_call(sampling: Sampling, experts: int) -> dict[str, Any]:
+def wan_call(sampling: Sampling, index: Config) -> dict[str, Any]:
     """Arguments of a Wan pipeline's call that the sampling parameters determine."""
     arguments = {
         "height": sampling.height,
@@ -76,5 +76,6 @@ def wan_call(sampling: Sampling, experts: int) -> dict[str, Any]:
         "guidance_scale": sampling.guidance_scale,
         "max_sequence_length": sampling.max_sequence_length,
     }
-    # The pipelines refuse a second scale if they have no boundary_ratio.
-    return arguments | ({"guidance_scale_2": sampling.guidance_scale_2} if experts > 1 else {})
+    if index.get("boundary_ratio") is None:  # without one, the pipelines refuse a second scale
+        return arguments
+    return arguments | {"guidance_scale_2": sampling.guidance_scale_2}

@@ -32,10 +32,11 @@ def _sites(config: Config) -> tuple[Site, ...]:
 
 WAN_TRANSFORMER = DenoiserClass(
     name="WanTransformer3DModel",
-    stack=BlockStack("blocks", "num_layers", carried=("hidden_states",)),
+    stack=BlockStack("blocks", "num_layers", carried="hidden_states"),
     latents="hidden_states",
     timestep="timestep",
     sites=_sites,
+    float32=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
 
 

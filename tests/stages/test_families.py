@@ -1,0 +1,80 @@
+"""Every published model goes from `model` to a report, on a tiny random pipeline of the real classes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
+from stepquant.checkpoint.pipeline import load_pipeline
+from tests.stages.conftest import MANIFEST, PARAMS, ROOT, Folder, in_process
+
+SPLITS = ("calibration", "validation", "heldout", "evaluation")
+
+
+def write_prompts(root, images):
+    """One prompt per split, with the images that the model takes."""
+    (root / MANIFEST).parent.mkdir(parents=True)
+    rows = []
+    for seed, split in enumerate(SPLITS):
+        row = {"id": split, "split": split, "prompt": "a red crab runs", "negative_prompt": "", "seed": seed}
+        for column in images:
+            row[column] = f"{split}_{column}.png"
+            pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save((root / MANIFEST).parent / row[column])
+        rows.append(row)
+    (root / MANIFEST).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_params(root, experts, text_tokens):
+    params = yaml.safe_load((ROOT / "lib/stepquant/profiles/demo.yaml").read_text())
+    for section, values in PARAMS.items():
+        params[section] |= values
+    params["model"]["source"] = "model"
+    params["sampling"] |= {"guidance_scale": 2.0, "guidance_scale_2": 2.0, "max_sequence_length": text_tokens}
+    params["bins"] = dict.fromkeys(experts, 1)
+    params["experts"] = {expert: params["experts"]["high_noise"] for expert in experts}
+    params["smooth"]["gradient_steps"] = 2
+    params["gptq"] |= {"refits": 1, "dampings": [0.01]}
+    params["evaluate"]["bootstrap_samples"] = 10
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_a_published_model_goes_from_model_to_report(name, tmp_path, monkeypatch):
+    described = TINY_PIPELINES[name]
+    save_pipeline(tmp_path / "model", described)
+    write_prompts(tmp_path, described.images)
+    experts = ["denoiser"] if described.boundary_ratio is None else ["high_noise", "low_noise"]
+    write_params(tmp_path, experts, text_tokens=512 if described.image_tokens else 16)
+    in_process(monkeypatch, tmp_path)
+    folder = Folder(tmp_path)
+    folder.finish("model")
+    folder.finish("trajectories")
+    for expert in experts:
+        for stage in ("capture", "lowrank", "gptq", "clip"):
+            folder.finish(stage, "--expert", expert)
+    folder.finish("pack", "--variant", "full")
+    for variant in ("bf16", "full"):
+        folder.finish("generate", "--variant", variant)
+        folder.finish("evaluate", "--variant", variant)
+    folder.finish("report")
+
+    manifest = json.loads((tmp_path / "artifacts/model/manifest.json").read_text())
+    assert list(manifest["experts"]) == experts
+    record = json.loads((tmp_path / "artifacts/metrics/full.json").read_text())
+    image_site = "attn2.add_kv" in record["layers"][experts[0]]["sites"]
+    assert image_site == bool(described.image_tokens)
+    # Every linear of every block computes in four bits, with an error of four bits and not of another model.
+    assert all(error < 0.3 for layers in record["layers"].values() for error in layers["sites"].values())
+    assert record["videos"]["psnr"]["mean"] > 15
+    assert (record["videos"]["first_frame_psnr"] is None) == (not described.images)
+    pipe = load_pipeline(tmp_path / "artifacts/checkpoints/full", dtype=torch.float32)
+    assert type(pipe).__name__ == described.pipeline
+    linears = {type(m).__name__ for m in pipe.transformer.blocks.modules() if hasattr(m, "in_features")}
+    assert linears == {"W4A4Linear"}
+    shutil.rmtree(tmp_path)
