@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stepquant.calibration.recorder import RecordedCall
 from stepquant.calibration.trajectory_files import write_trajectory
+from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.families import find_denoiser
-from stepquant.plan.workload import timesteps
+from stepquant.plan.published import SCHEDULER
 from stepquant.profiles import read_profiles
 from stepquant.storage.digests import content_key, file_digests
 from stepquant.storage.zarr_groups import group_metadata
@@ -126,7 +127,7 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
 
 def bin_edges(steps: int) -> list[float]:
     """Up to three bins with about equally many sampler steps each; edges are between steps."""
-    t, bins = timesteps(steps, SHIFT), min(3, steps)
+    t, bins = sampler_timesteps(SCHEDULER, steps, SHIFT), min(3, steps)
     inner = [k * steps // bins for k in range(1, bins)]
     return [1000.0, *((t[i - 1] + t[i]) / 2 for i in inner), 0.0]
 
@@ -150,7 +151,7 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
     _write_json(folder / "model_index.json", index)
     _write_json(
         folder / "scheduler" / "scheduler_config.json",
-        {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000},
+        SCHEDULER,
     )
     _write_json(transformer / "config.json", shape.config())
     weight_map, total = {}, 0
@@ -240,7 +241,7 @@ def recorded(shape: Shape, calls: Calls, seed: int) -> list[RecordedCall]:
     condition = torch.randn(shape.in_channels - 16, *video[1:], generator=generator)
     text = torch.randn(1, calls.text, shape.text_dim, generator=generator) * _sizes(shape.text_dim, generator)
     made = []
-    for t in timesteps(calls.steps, SHIFT):
+    for t in sampler_timesteps(SCHEDULER, calls.steps, SHIFT):
         latents = t / 1000 * noise + (1 - t / 1000) * clean
         hidden = torch.cat([latents, condition])[None].bfloat16()
         arguments = {

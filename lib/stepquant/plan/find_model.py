@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from stepquant.errors import UserError
+from stepquant.models.hub import cached_snapshot
 from stepquant.models.manifest import read_manifest
-from stepquant.plan.published import PUBLISHED, SCHEDULER, describe_published
+from stepquant.plan.published import PUBLISHED, describe_published
 from stepquant.plan.source_model import SourceModel, read_source
 
 
@@ -14,10 +15,10 @@ def find_model(source: str, revision: str | None, recorded: Path) -> SourceModel
     Args:
         source: A local diffusers folder, whose headers are read, or a hub id.
         revision: Revision of the hub id.
-        recorded: The manifest that stage model wrote. It is used for a hub id that is not published by Wan-AI.
+        recorded: The manifest that stage model wrote, which has the commit of a hub id that was downloaded.
 
     Raises:
-        UserError: The source is neither a folder, nor known, nor described by `recorded`.
+        UserError: The source is neither a folder, nor published, nor downloaded.
     """
     if (Path(source) / "model_index.json").is_file():
         return read_source(Path(source), source, revision)
@@ -29,14 +30,9 @@ def find_model(source: str, revision: str | None, recorded: Path) -> SourceModel
             "run `stepquant model`, which downloads and describes it"
         )
     manifest = read_manifest(recorded)
-    return SourceModel(
-        manifest=manifest,
-        stored={},
-        values={},
-        float32=dict.fromkeys(manifest.experts, 0),
-        scheduler=SCHEDULER,
-        image_tokens=0,
-        image_dim=0,
-        token_timesteps=False,
-        download=False,
+    folder = cached_snapshot(source, manifest.revision)
+    if folder is not None:
+        return read_source(folder, source, manifest.revision)
+    raise UserError(
+        f"model.source: {source} is described in {recorded}, but its files are not here; run `stepquant model`"
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from stepquant import params as parameters
 from stepquant import profiles
 from stepquant.errors import UserError
+from stepquant.models.checks import check_known
 from stepquant.plan.find_model import find_model
 from stepquant.plan.rates import GPUS, USUAL, Machine, cpu
 from stepquant.plan.table import (
@@ -75,6 +76,8 @@ def machines(names: list[str], compute: Any) -> list[Machine]:
 
 def _print(params: Path, names: list[str]) -> None:
     run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
+    if run.model.download:  # the model is not here to be looked at
+        check_known(run.manifest, run.model.scheduler, run.parameter("sampling"), run.parameter("bins").by_expert)
     for line in (*model_lines(run), prompt_line(run)):
         console.print(line)
     for line in calibration_warnings(run):

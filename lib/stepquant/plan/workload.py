@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.models.bins import expert_bins
+from stepquant.models.checks.reach import steps_of
+from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.manifest import DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.params import Capture
 from stepquant.plan.source_model import SourceModel
@@ -17,7 +19,6 @@ from stepquant.plan.source_model import SourceModel
 ASSUMED_PROMPTS = {"calibration": 8, "validation": 2, "heldout": 4, "evaluation": 16}
 RECORDED = ("calibration", "validation", "heldout")  # splits whose trajectories are recorded and replayed
 IMAGE_SITE = "attn2.add_kv"  # reads image tokens, as the other site that does not depend on t reads text
-LAST_SIGMA = 1e-3  # of diffusers' UniPC schedule before the shift
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,22 @@ class Workload:
         return prod(n // patch for n, patch in zip(self.latents, self.inputs.patch_size))
 
     @cached_property
+    def timesteps(self) -> list[float]:
+        """t of every sampling step."""
+        sampling = self.parameter("sampling")
+        return sampler_timesteps(self.model.scheduler, sampling.steps, sampling.flow_shift)
+
+    @cached_property
     def experts(self) -> list[ExpertRun]:
         """The experts in the order of the manifest."""
         return [self._expert(name, described) for name, described in self.manifest.experts.items()]
 
     def _expert(self, name: str, described: ExpertManifest) -> ExpertRun:
-        sampling, (low, high) = self.parameter("sampling"), described.t_range
+        sampling = self.parameter("sampling")
         bins = expert_bins(self.parameter("bins").by_expert, name, described.t_range)
-        inside = [t for t in timesteps(sampling.steps, sampling.flow_shift) if low <= t < high or t == high]
+        highest = max(one.t_range[1] for one in self.manifest.experts.values())
         steps = [0] * bins.count
-        for t in inside:
+        for t in steps_of(self.timesteps, described.t_range, highest):
             steps[bins.index(t)] += 1
         sites = [self._site(site, shape) for site, shape in described.sites.items()]
         branches = 2 if sampling.guidance_scale > 1 else 1
@@ -204,12 +211,6 @@ class Workload:
         if name == IMAGE_SITE:
             context = self.model.image_tokens
         return SiteShape(name, described, self.tokens if described.depends_on_timestep else context)
-
-
-def timesteps(steps: int, shift: float) -> list[float]:
-    """t of each sampling step under a flow shift, from high to low noise."""
-    sigmas = (1 - i / steps * (1 - LAST_SIGMA) for i in range(steps))
-    return [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
 
 
 def _count(wanted: int | None, manifest: Path, split: str) -> int:
