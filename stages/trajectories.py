@@ -6,14 +6,16 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, Stage, open_stage
+from stepquant import params as parameters
 from stepquant.calibration.trajectories import record_prompt
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.compute.units import gather
+from stepquant.models.checks import check_pictures, check_run
 from stepquant.models.manifest import ModelManifest, read_manifest
 from stepquant.models.prompts import check_images, recorded_prompts
 from stepquant.models.sampling import source_pipeline
-from stepquant.models.source import check_sampling
+from stepquant.models.source import resolve_source
 from stepquant.storage.zarr_groups import group_metadata
 
 READS = ("compute", "sampling", "trajectories", "storage")
@@ -29,7 +31,11 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_manifest(artifacts.MODEL)
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
-        check_sampling(manifest, stage["sampling"])
+        check_pictures(prompts, stage["sampling"], "trajectories.manifest")
+        bins = parameters.glance(params, "bins")
+        check_run(
+            resolve_source(manifest.source, manifest.revision), manifest, stage["sampling"], bins and bins.by_expert
+        )
         # Loaded on first use: not at all if every unit is finished.
         pipe = cache(lambda: load(stage, manifest))
         units = {}

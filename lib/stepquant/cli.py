@@ -27,8 +27,16 @@ app = typer.Typer(
 @app.command()
 @command
 def check(params: Annotated[Path, typer.Option(help="The params file to check.")] = Path("params.yaml")) -> None:
-    """Validate a params file: every section, and every section with the overrides of each expert."""
+    """Validate a params file: every section with the overrides of each expert, then the model and the prompts.
+
+    Nothing is downloaded: a model or a manifest that is not here is left to the stages that read it.
+    """
+    from stepquant.preflight import is_here, look_at_model, look_at_prompts
+
     parameters.check(params)
+    if is_here(params):
+        look_at_model(params)
+    look_at_prompts(params)
     print(f"{params}: fine")
 
 

@@ -48,6 +48,8 @@ __all__ = [
     "Storage",
     "Trajectories",
     "check",
+    "expert_names",
+    "glance",
     "read_params",
     "section",
 ]
@@ -132,6 +134,13 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
         if overrides:
             values, prefix = values | overrides, f"experts.{expert}.{name} over {name}"
     return _validate(SECTIONS[name], values, path, prefix)
+
+
+def glance(path: Path, name: str) -> Any:
+    """A section for a stage that only refuses by it: its values cannot change what the stage makes, so dvc.yaml does
+    not declare it. None if the file lacks it. Otherwise as `section`.
+    """
+    return section(path, name) if name in read_params(path) else None
 
 
 def expert_names(path: Path) -> list[str] | None:

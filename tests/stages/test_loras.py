@@ -127,8 +127,11 @@ def test_a_lora_that_changed_since_stage_model(folder, lora, refused, stage, arg
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"expert": "denoiser"}, "model.loras.0.expert: 'denoiser'; this model has high_noise, low_noise"),
-        ({"file": "data/models/absent.safetensors"}, "data/models/absent.safetensors: no such LoRA file"),
+        ({"expert": "denoiser"}, "model.loras.0.expert: found 'denoiser'; this model has high_noise, low_noise"),
+        (
+            {"file": "data/models/absent.safetensors"},
+            "model.loras.0.file: no such file data/models/absent.safetensors; put the LoRA there",
+        ),
         (
             {"file": "data/models/../lora.safetensors"},
             "params.yaml: model.loras.0.file: found 'data/models/../lora.safetensors'; Value error, allowed: a file in "

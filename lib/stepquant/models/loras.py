@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stepquant.errors import InvalidInput, UserError
+from stepquant.errors import InvalidInput, MissingFile, UserError
 from stepquant.models.fused_weights import FusedWeights, Update
 from stepquant.models.lora_config import config_file
 from stepquant.models.lora_file import read_lora
@@ -19,32 +19,51 @@ from stepquant.params import Lora
 from stepquant.storage.digests import file_digest
 
 
-def record_loras(manifest: ModelManifest, folder: Path, loras: Sequence[Lora]) -> ModelManifest:
-    """Check the LoRAs of the params against the model, and record them. Reads headers, and every file once to hash it.
+def check_files(loras: Sequence[Lora]) -> None:
+    """Refuse LoRAs that are not there. Raises MissingFile."""
+    for number, lora in enumerate(loras):
+        if not Path(lora.file).is_file():
+            raise MissingFile(f"model.loras.{number}.file: no such file {lora.file}; put the LoRA there")
+
+
+def check_loras(manifest: ModelManifest, folder: Path, loras: Sequence[Lora]) -> None:
+    """Check LoRAs against the model, by the headers of the files.
 
     Args:
-        manifest: of the source model without LoRAs.
+        manifest: of the source model.
         folder: the local folder of the model.
         loras: `model.loras` of the params.
-
-    Returns:
-        The manifest with each expert's LoRAs, in the order of the params.
 
     Raises:
         UserError: an expert that the model does not have, or as `read_lora`.
     """
-    experts = dict(manifest.experts)
+    check_files(loras)
     for number, lora in enumerate(loras):
-        if lora.expert not in experts:
-            raise InvalidInput(f"model.loras.{number}.expert: {lora.expert!r}; this model has {', '.join(experts)}")
-        described = experts[lora.expert]
-        file = Path(lora.file)
-        read_lora(file, lora.weight, open_weights(folder / described.subfolder))
+        if lora.expert not in manifest.experts:
+            raise InvalidInput(
+                f"model.loras.{number}.expert: found {lora.expert!r}; this model has {', '.join(manifest.experts)}"
+            )
+        read_lora(Path(lora.file), lora.weight, open_weights(folder / manifest.expert(lora.expert).subfolder))
+
+
+def record_loras(manifest: ModelManifest, folder: Path, loras: Sequence[Lora]) -> ModelManifest:
+    """Check the LoRAs of the params, and record them with their digests, for which every file is read once.
+
+    Arguments and errors are those of `check_loras`.
+
+    Returns:
+        The manifest with each expert's LoRAs, in the order of the params.
+    """
+    check_loras(manifest, folder, loras)
+    experts = dict(manifest.experts)
+    for lora in loras:
+        file, described = Path(lora.file), experts[lora.expert]
+        config = config_file(file)
         record = LoraManifest(
             file=lora.file,
             weight=lora.weight,
             digest=file_digest(file),
-            config_digest=None if (config := config_file(file)) is None else file_digest(config),
+            config_digest=None if config is None else file_digest(config),
         )
         experts[lora.expert] = described.model_copy(update={"loras": (*described.loras, record)})
     return manifest.model_copy(update={"experts": experts})

@@ -73,7 +73,7 @@ def sample(
         sampling: size, steps and guidance scales.
         prompt: what the video should show.
         negative_prompt: what it should not show.
-        images: of any size, by their names in the pipeline's call; none for text-to-video. Their middle is used
+        images: of any size, by their names in the pipeline's call; none for text-to-video. The middle of each is used
             (`fit_picture`).
         seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
         output_type: as in diffusers.
