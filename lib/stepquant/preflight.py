@@ -54,12 +54,16 @@ def look_at_prompts(file: Path) -> str:
         A line that says what was found.
 
     Raises:
-        UserError: a manifest is wrong, has too few prompts, or has pictures that are too small.
+        UserError: a manifest is wrong, has too few prompts, or pictures that are too small or not those that the model
+            takes.
     """
     from stepquant.models.checks import check_pictures
-    from stepquant.models.prompts import Prompt, evaluation_prompts, recorded_prompts
+    from stepquant.models.prompts import Prompt, check_images, evaluation_prompts, recorded_prompts
+    from stepquant.models.source import describe_experts
 
-    sampling, found = parameters.section(file, "sampling"), []
+    model, sampling, found = parameters.section(file, "model"), parameters.section(file, "sampling"), []
+    folder = _folder(model.source, model.revision) if is_here(file) else None
+    images = folder and describe_experts(folder, model.source, model.revision).images
     takes: tuple[tuple[str, Callable[[Any], list[Prompt]]], ...] = (
         ("trajectories", recorded_prompts),
         ("generate", evaluation_prompts),
@@ -70,6 +74,8 @@ def look_at_prompts(file: Path) -> str:
             found.append(f"{section}.manifest: {settings.manifest} is not here")
             continue
         prompts = take(settings)
+        if images:
+            check_images(prompts, images, settings.manifest)
         check_pictures(prompts, sampling, f"{section}.manifest")
         found.append(f"{section}.manifest: {len(prompts)} prompts")
     return ", ".join(found)

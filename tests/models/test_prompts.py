@@ -231,3 +231,8 @@ def test_a_manifest_with_a_byte_order_mark(manifest):
     path = manifest(ROW)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [p.id for p in read_manifest(path)] == ["a_1"]
+
+
+def test_a_key_that_is_there_twice(manifest):
+    path = manifest('{"id": "a", "seed": 1, "seed": 2}')
+    assert refusal(path) == ":1: 'seed' is there twice; keep one of the two"

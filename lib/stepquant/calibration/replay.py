@@ -86,30 +86,29 @@ class Shard:
         trajectories, described = Trajectories(self.trajectories), self.manifest.expert(self.expert)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
-        mine = [calls[i] for i in self.calls]
-        check = ReplayCheck(self.expert, described.blocks, model.dtype, trajectories, mine)
         chunks = [
             self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
         ]
+        batches = [[calls[i] for i in positions] for positions in chunks]
+        check = ReplayCheck(self.expert, described.blocks, model, trajectories, batches)
         inputs, first = self._first_inputs(trajectories, calls, chunks)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
         with open_hidden_states(first, self.compute.device) as hidden:
             for index in self.blocks:
                 observers = BlockObservers(self, index, calls, plans)
-                batches = _batches(chunks, inputs, hidden)
-                replayed = replay_block(model.block(index), described.ordered_sites, batches, observers.observe)
-                for n, (positions, output) in enumerate(replayed):
-                    check.add_block(index, [calls[i] for i in positions], output)
+                given = _batches(chunks, inputs, hidden)
+                replayed = replay_block(model.block(index), described.ordered_sites, given, observers.observe)
+                for n, (_, output) in enumerate(replayed):
+                    check.add_block(index, n, output)
                     hidden.put(n, output)
                 observers.save(folder / block_name(index))
                 check.refuse_block(index)
             if self.blocks.stop < described.blocks:
                 for n, positions in enumerate(chunks):
                     save_file({"hidden_states": hidden.host(n)}, folder / hidden_states_file(positions))
-            elif check.samples:
-                for n, positions in enumerate(chunks):
-                    batch = [calls[i] for i in positions]
-                    check.add_output(batch, self._glue().output(trajectories.inputs(batch), hidden.get(n)))
+            elif check.compares:
+                for n, batch in enumerate(batches):
+                    check.add_output(n, self._glue().output(trajectories.inputs(batch), hidden.get(n)))
                 check.refuse_output()
 
     def _glue(self) -> Glue:

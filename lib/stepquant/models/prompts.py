@@ -173,7 +173,9 @@ def _rows(path: Path, lines: list[str]) -> Iterator[Prompt]:
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_each_key_once)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -189,6 +191,14 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not 0 <= row["seed"] < 2**63:
         raise UserError(f"{where}: seed {row['seed']}; allowed: 0 to 2^63 - 1")
     return row
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would keep the last of two equal keys."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InvalidInput(f"'{twice[0]}' is there twice; keep one of the two")
+    return dict(pairs)
 
 
 def _image(root: Path, relative: str, where: str) -> Path:

@@ -27,7 +27,7 @@ from stepquant.plan.table import (
     warnings,
 )
 from stepquant.plan.workload import Workload
-from stepquant.preflight import is_here, look_at_model
+from stepquant.preflight import is_here, look_at_model, look_at_prompts
 
 RECORDED = Path("artifacts/model/manifest.json")
 
@@ -86,6 +86,10 @@ def _print(params: Path, names: list[str]) -> None:
         console.print(line)
     for line in (*prompt_warnings(run), *calibration_warnings(run)):
         console.print(f"warning: {line}")
+    try:  # a plan is of use before there are prompts
+        look_at_prompts(params)
+    except UserError as error:
+        console.print(f"warning: {error}")
     for machine in machines(names, run.parameter("compute")):
         console.print()
         console.print(plan_table(run, machine))
