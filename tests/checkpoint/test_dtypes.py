@@ -1,16 +1,21 @@
 """Which dtype the tensors of a loaded pipeline have, and that no way of casting it rounds what must not be rounded."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from PIL import Image
 
 import stepquant
 from stepquant.checkpoint.writer import write_expert
 from stepquant.errors import InvalidInput
+from stepquant.models.source import load_source_pipeline
 from stepquant.runtime.linear import W4A4Linear
 
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
-BLOCK = "blocks.0"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=["int4", "mxfp4", "nvfp4"])
@@ -163,3 +168,45 @@ def test_any_other_dtype_is_refused(packed_pipeline, dtype, message):
     with pytest.raises(InvalidInput) as refused:
         stepquant.load_pipeline(packed_pipeline, dtype=dtype, **NO_TEXT)
     assert message in str(refused.value)
+
+
+def test_the_source_pipeline_of_a_bfloat16_run_decodes_in_float32():
+    pipe = load_source_pipeline(ROOT / "data/models/wan22-mini", "cpu", torch.bfloat16)
+    assert (pipe.transformer.dtype, pipe.transformer_2.dtype, pipe.vae.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
+
+
+def test_a_bfloat16_video_is_the_float32_decoding_of_its_latents(packed_pipeline):
+    """The first frame is encoded, and the latents are decoded, by the VAE in float32 (diffusers casts between)."""
+    pipe = stepquant.load_pipeline(packed_pipeline, dtype="bfloat16", **NO_TEXT)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].dtype), with_kwargs=True
+    )
+
+    def sample(output_type):
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randn(1, 5, 128, generator=generator)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+        prompts = {"prompt_embeds": prompt, "negative_prompt_embeds": -prompt}
+        return pipe(image=image, **prompts, **size, generator=generator, output_type=output_type).frames
+
+    latents, video = sample("latent"), sample("pt")
+    assert {seen[0], seen[-1]} == {torch.float32, torch.bfloat16}
+    config, shape = pipe.vae.config, (1, -1, 1, 1, 1)
+    mean, std = torch.tensor(config.latents_mean).view(shape), torch.tensor(config.latents_std).view(shape)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents.float() * std + mean, return_dict=False)[0]
+    expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_without_a_vae(packed_pipeline):
+    pipe = stepquant.load_pipeline(packed_pipeline, dtype="bfloat16", vae=None, **NO_TEXT)
+    assert pipe.vae is None and pipe.transformer.dtype == torch.bfloat16
