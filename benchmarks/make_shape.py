@@ -111,7 +111,7 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
     write_model(folder / "model", shape, seed)
     write_trajectories(folder / "artifacts" / "trajectories.zarr", shape, calls, seed)
     values = yaml.safe_load(read_profiles()["wan2.2-i2v-a14b"])
-    values["model"] = {"source": "model", "revision": None}
+    values["model"] = {"source": "model", "revision": None, "loras": []}
     values["compute"] |= {"device": "cpu", "offload": "none", "threads": 1}
     values["bins"] = {EXPERT: bin_edges(calls.steps)}
     values["experts"] = {EXPERT: values["experts"]["high_noise"]}

@@ -63,7 +63,7 @@ class Sampler:
         self.manifest = read_manifest(artifacts.MODEL)
         if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
             raise MissingFile(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
-        self.weights = self.manifest.files if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
+        self.weights = self.manifest.digest() if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
 
     @property
     def folder(self) -> Path:

@@ -40,7 +40,7 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         pipe = cache(lambda: load(stage, manifest))
         units = {}
         for prompt in track(prompts, "trajectories"):
-            key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())
+            key = stage.key(("compute", "sampling", "storage"), model=manifest.digest(), prompt=prompt.digest())
             units[prompt.id] = stage.units.make(
                 key,
                 lambda folder: record_prompt(pipe(), manifest, stage["sampling"], prompt, folder, stage["storage"].url),

@@ -113,6 +113,23 @@ def doctor(
     raise typer.Exit(0 if healthy else 1)
 
 
+@app.command("import")
+@command
+def import_(
+    out: Annotated[Path, typer.Argument(help="The diffusers folder to write, such as data/models/NAME.")],
+    base: Annotated[Path, typer.Option(help="Diffusers folder of the model that was finetuned.")],
+    high_noise: Annotated[Path | None, typer.Option(help="Single file of the high-noise expert.")] = None,
+    low_noise: Annotated[Path | None, typer.Option(help="Single file of the low-noise expert.")] = None,
+    denoiser: Annotated[Path | None, typer.Option(help="Single file of a model with one expert.")] = None,
+) -> None:
+    """Make a diffusers folder of a finetune in single files with Wan-Video's names, for model.source."""
+    from stepquant.models.single_file import import_files
+
+    given = {"high_noise": high_noise, "low_noise": low_noise, "denoiser": denoiser}
+    import_files(base, {name: file for name, file in given.items() if file is not None}, out)
+    print(f"{out}: written; set model.source to it")
+
+
 @app.command()
 @command
 def gc(

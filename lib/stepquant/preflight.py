@@ -28,6 +28,7 @@ def look_at_model(file: Path) -> str:
     """
     from stepquant.models.checks import check_run, check_source
     from stepquant.models.checks.reach import check_experts
+    from stepquant.models.loras import check_loras
     from stepquant.models.source import describe_experts
 
     model = parameters.section(file, "model")
@@ -37,6 +38,7 @@ def look_at_model(file: Path) -> str:
     check_source(folder)
     manifest = describe_experts(folder, model.source, model.revision)
     check_experts(parameters.expert_names(file), "experts", list(manifest.experts))
+    check_loras(manifest, folder, model.loras)
     check_run(folder, manifest, parameters.section(file, "sampling"), parameters.section(file, "bins").by_expert)
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in manifest.experts.items())
     return "; ".join(filter(None, (f"model.source: {model.source}: {blocks}", unwatched(folder))))

@@ -17,6 +17,6 @@ BOUNDS: dict[Call, Traffic] = {
     Call("pack", "svdquant"): Traffic(host_reads=107, copies=98, launches=550),
     Call("pack", "full"): Traffic(host_reads=0, copies=0, launches=0),
     Call("generate", "bf16"): Traffic(host_reads=315, copies=333, launches=2860),
-    Call("generate", "full"): Traffic(host_reads=675, copies=692, launches=10_950),
+    Call("generate", "full"): Traffic(host_reads=675, copies=692, launches=11_300),
     Call("evaluate", "full"): Traffic(host_reads=14, copies=140, launches=1270),
 }

@@ -1,5 +1,6 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from stepquant.models.configs import located, read_config
 from stepquant.models.families import find_denoiser, find_family
 from stepquant.models.families.description import ExpertRange
 from stepquant.models.hub import commit_of, is_hub_id, snapshot
+from stepquant.models.loras import fuse_into_pipeline, open_expert_weights, record_loras
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.weights import open_weights
-from stepquant.params import Compute
+from stepquant.params import Compute, Lora
 from stepquant.storage.digests import file_digest, file_digests
 from stepquant.torch_setup import torch_dtype
 
@@ -46,12 +48,13 @@ def resolve_source(source: str, revision: str | None) -> Path:
     return snapshot(source, revision)
 
 
-def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
-    """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
+def describe_source(folder: Path, source: str, revision: str | None, loras: Sequence[Lora] = ()) -> ModelManifest:
+    """The manifest of a source model: `describe_experts`, its LoRAs, and the SHA-256 of every file of its components.
 
-    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts`.
+    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts` and
+    `record_loras`.
     """
-    described = describe_experts(folder, source, commit_of(folder, revision))
+    described = record_loras(describe_experts(folder, source, commit_of(folder, revision)), folder, loras)
     index = read_config(folder / "model_index.json")
     files = {"model_index.json": file_digest(folder / "model_index.json")}
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and any(value)):
@@ -152,27 +155,30 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
-    """Load the unquantized pipeline, and put it where `compute.offload` says.
+def load_source_pipeline(folder: Path, experts: Sequence[ExpertManifest], compute: Compute, scratch: Path) -> Any:
+    """Load the unquantized pipeline with its LoRAs, and put it where `compute.offload` says.
 
     Args:
         folder: the local folder of the model.
+        experts: its experts.
         compute: device, dtype and offload. The VAE is float32 in any case: 16 bits are visible in a video.
         scratch: an empty folder, as in `load_mapped`. It may be deleted afterwards.
 
     Raises:
-        UserError: as `check_source`, because the folder may have changed since it was described.
+        UserError: as `check_source` and `open_expert_weights`, because files may have changed since the model was
+            described.
     """
     check_source(folder)
-    index = read_config(folder / "model_index.json", "_class_name")
-    family = find_family(index["_class_name"])
-    dtype, experts = torch_dtype(compute.dtype), {}
+    family = find_family(read_config(folder / "model_index.json", "_class_name")["_class_name"])
+    dtype, mapped = torch_dtype(compute.dtype), {}
     if compute.offload == "disk":
-        for expert in family.experts(index):
-            place = folder / expert.subfolder
-            copy = scratch / expert.subfolder
+        for described in experts:
+            place, copy = folder / described.subfolder, scratch / described.subfolder
             copy.mkdir()
-            experts[expert.subfolder] = load_mapped(family.denoiser, place, open_weights(place), dtype, copy)
+            weights = open_expert_weights(folder, described)
+            mapped[described.subfolder] = load_mapped(family.denoiser, place, weights, dtype, copy)
     dtypes = {"default": dtype, "vae": torch.float32}
-    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **experts)
+    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **mapped)
+    if not mapped:
+        fuse_into_pipeline(pipe, folder, experts)
     return place_pipeline(pipe, compute.device, compute.offload)
