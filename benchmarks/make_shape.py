@@ -6,7 +6,7 @@
         PYTHONPATH=CHECKOUT python -m stages.$s
     done
 
-    FOLDER/model/                       a dense diffusers pipeline without text encoder and VAE; expert: `denoiser`
+    FOLDER/model/                       a dense diffusers pipeline, whose other components are tiny; expert: `denoiser`
     FOLDER/artifacts/trajectories.zarr  calls as stage trajectories records them
     FOLDER/params.yaml                  the profile of the real model, with what has to differ here
 
@@ -18,6 +18,7 @@ inputs behind those. Blocks are made one at a time, so memory stays at one block
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,6 +46,7 @@ from stepquant.storage.zarr_groups import group_metadata
 EXPERT = "denoiser"
 STEM = "diffusion_pytorch_model"
 OUTLIERS, GAIN = 0.005, 20.0  # part of a site's channels, and their factor
+TOKENIZER = Path(__file__).resolve().parent.parent / "data/models/wan22-mini/tokenizer"
 SHIFT = 1.0  # of the timesteps: none
 SLAB = 1024  # rows of a weight drawn at a time
 
@@ -108,8 +111,8 @@ def make_shape(folder: Path, shape: Shape, calls: Calls, params: dict[str, dict[
     write_model(folder / "model", shape, seed)
     write_trajectories(folder / "artifacts" / "trajectories.zarr", shape, calls, seed)
     values = yaml.safe_load(read_profiles()["wan2.2-i2v-a14b"])
-    values["model"] = {"source": "model", "revision": None}
-    values["compute"] |= {"device": "cpu", "threads": 1}
+    values["model"] = {"source": "model", "revision": None, "loras": []}
+    values["compute"] |= {"device": "cpu", "offload": "none", "threads": 1}
     values["bins"] = {EXPERT: bin_edges(calls.steps)}
     values["experts"] = {EXPERT: values["experts"]["high_noise"]}
     values["sampling"] |= {
@@ -139,20 +142,16 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
     """A pipeline folder of sharded bfloat16 safetensors: a shard per block, then one with all else."""
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
-    (folder / "scheduler").mkdir()
-    nothing = {name: [None, None] for name in ("image_encoder", "image_processor", "text_encoder", "tokenizer", "vae")}
     parts = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    index = (
-        {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": None, "expand_timesteps": False} | nothing | parts
-    )
+    index = {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": None, "expand_timesteps": False} | parts
     _write_json(folder / "model_index.json", index)
-    _write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        SCHEDULER,
-    )
+    write_surroundings(folder, shape.text_dim)
     _write_json(transformer / "config.json", shape.config())
     weight_map, total = {}, 0
     for i, tensors in enumerate(shards(shape, seed), start=1):
@@ -165,6 +164,21 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
         transformer / f"{STEM}.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def write_surroundings(folder: Path, text_dim: int) -> None:
+    """The other components, which no stage but model looks at: of the right classes and widths, and else tiny."""
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True).save_pretrained(
+        folder / "scheduler"
+    )
+    text = UMT5Config(vocab_size=64, d_model=text_dim, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
+        AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder / "vae")
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    _write_json(config, json.loads(config.read_text()) | {"model_max_length": int(1e30)})
 
 
 def shards(shape: Shape, seed: int) -> Iterator[dict[str, Tensor]]:

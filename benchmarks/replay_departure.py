@@ -90,19 +90,19 @@ def replayed(
     for name, described in manifest.experts.items():
         model = open_expert(manifest, name, compute)
         calls, glue = trajectories.calls(name), model.glue()
-        check = ReplayCheck(name, described.blocks, model.dtype, trajectories, calls)
         batches = [calls[start : start + batch] for start in range(0, len(calls), batch)]
+        check = ReplayCheck(name, described.blocks, model, trajectories, batches)
         inputs = [glue.inputs(trajectories.inputs(part)) for part in batches]
         blocks = []
         for index in range(described.blocks):
             block = model.block(index)
-            for n, part in enumerate(batches):
-                output = inputs[n].run(block)
-                check.add_block(index, part, output)
-                inputs[n] = replace(inputs[n], hidden_states=output)
+            for n, given in enumerate(inputs):
+                output = given.run(block)
+                check.add_block(index, n, output)
+                inputs[n] = replace(given, hidden_states=output)
             blocks.append(largest(check))
-        for part, found in zip(batches, inputs):
-            check.add_output(part, glue.output(trajectories.inputs(part), found.hidden_states))
+        for n, (part, found) in enumerate(zip(batches, inputs)):
+            check.add_output(n, glue.output(trajectories.inputs(part), found.hidden_states))
         yield name, model.dtype, Departures(len(calls), blocks, largest(check))
 
 

@@ -113,7 +113,7 @@ def random_denoiser(described: TinyPipeline, blocks: int, seed: int, heads: int 
 
 def _save_image_encoder(folder: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=32))
     encoder.save_pretrained(folder / "image_encoder")

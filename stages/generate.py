@@ -14,11 +14,12 @@ from stepquant.compute.progress import track
 from stepquant.compute.units import gather
 from stepquant.errors import MissingFile
 from stepquant.evaluate.video import write_video
+from stepquant.models.checks import check_pictures, check_run
 from stepquant.models.manifest import read_manifest
 from stepquant.models.offload import place_pipeline
 from stepquant.models.prompts import Prompt, check_images, evaluation_prompts
 from stepquant.models.sampling import ready_to_sample, sample, source_pipeline
-from stepquant.models.source import check_sampling
+from stepquant.models.source import resolve_source
 from stepquant.recipe.variants import REFERENCE
 from stepquant.storage.digests import file_digests
 from stepquant.storage.json_files import to_json
@@ -38,7 +39,8 @@ def generate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
         prompts = evaluation_prompts(stage["generate"])
         sampler = Sampler(stage, variant)
         check_images(prompts, sampler.manifest.images, stage["generate"].manifest)
-        check_sampling(sampler.manifest, stage["sampling"])
+        check_pictures(prompts, stage["sampling"], "generate.manifest")
+        check_run(sampler.folder, sampler.manifest, stage["sampling"])
         units = {}
         for prompt in track(prompts, f"generate@{variant}"):
             key = stage.key(
@@ -61,7 +63,14 @@ class Sampler:
         self.manifest = read_manifest(artifacts.MODEL)
         if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
             raise MissingFile(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
-        self.weights = self.manifest.files if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
+        self.weights = self.manifest.digest() if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder, whose configs are those of the source for every variant."""
+        if self.variant == REFERENCE:
+            return resolve_source(self.manifest.source, self.manifest.revision)
+        return artifacts.checkpoint(self.variant)
 
     def write(self, prompt: Prompt, folder: Path) -> None:
         """Sample one prompt and write its frames, converted to uint8, as `video.mp4`."""

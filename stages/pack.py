@@ -46,7 +46,7 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
         write_checkpoint(
             source,
             artifacts.checkpoint(variant),
-            {p.described.subfolder: (p.settings(), p.blocks()) for p in packers},
+            {p.described.subfolder: (p.settings(), p.blocks(), p.model.weights) for p in packers},
             dtype=torch_dtype(stage["compute"].dtype),
             flow_shift=stage["sampling"].flow_shift,
         )

@@ -1,21 +1,23 @@
 """trajectories: sample the calibration prompts with the source model and record the inputs of its experts."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._stage import ParamsFile, Stage, open_stage
+from stepquant import params as parameters
 from stepquant.calibration.captions import record_captions
 from stepquant.calibration.trajectories import CAPTIONS, record_prompt
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
-from stepquant.compute.units import gather
+from stepquant.compute.units import Unit, gather
 from stepquant.models.captions import read_captions
+from stepquant.models.checks import check_pictures, check_run
 from stepquant.models.manifest import ModelManifest, read_manifest
-from stepquant.models.prompts import check_images, recorded_prompts
+from stepquant.models.prompts import Prompt, check_images, recorded_prompts
 from stepquant.models.sampling import source_pipeline
-from stepquant.models.source import check_sampling
+from stepquant.models.source import resolve_source
 from stepquant.storage.zarr_groups import group_metadata
 
 READS = ("compute", "sampling", "trajectories", "storage")
@@ -31,28 +33,35 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         manifest = read_manifest(artifacts.MODEL)
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
-        check_sampling(manifest, stage["sampling"])
+        check_pictures(prompts, stage["sampling"], "trajectories.manifest")
+        bins = parameters.glance(params, "bins")
+        check_run(
+            resolve_source(manifest.source, manifest.revision), manifest, stage["sampling"], bins and bins.by_expert
+        )
         text_prompts = stage["trajectories"].text_prompts
         captions = [] if text_prompts is None else read_captions(Path(text_prompts))
-        # Loaded on first use: not at all if every unit is finished.
-        pipe = cache(lambda: load(stage, manifest))
-        units = {}
-        for prompt in track(prompts, "trajectories"):
-            key = stage.key(("compute", "sampling", "storage"), model=manifest.files, prompt=prompt.digest())
-            units[prompt.id] = stage.units.make(
-                key,
-                lambda folder: record_prompt(pipe(), manifest, stage["sampling"], prompt, folder, stage["storage"].url),
-            )
-        if captions:
-            key = stage.key(("compute", "sampling", "storage"), model=manifest.files, captions=captions)
-            units[CAPTIONS] = stage.units.make(
-                key,
-                lambda folder: record_captions(
-                    pipe(), manifest, stage["sampling"], captions, folder, stage["storage"].url
-                ),
-            )
+        units = record(stage, manifest, prompts, captions)
         digests = {name: unit.digest for name, unit in units.items()}
         gather(units, artifacts.TRAJECTORIES, {"zarr.json": group_metadata({"prompts": digests})})
+
+
+def record(stage: Stage, manifest: ModelManifest, prompts: list[Prompt], captions: list[str]) -> dict[str, Unit]:
+    """The finished units: one per prompt, and one of all captions if there are any."""
+    # Loaded on first use: not at all if every unit is finished.
+    pipe = cache(lambda: load(stage, manifest))
+    key = partial(stage.key, ("compute", "sampling", "storage"), model=manifest.digest())
+    sampling, url = stage["sampling"], stage["storage"].url
+    units = {}
+    for prompt in track(prompts, "trajectories"):
+        units[prompt.id] = stage.units.make(
+            key(prompt=prompt.digest()),
+            lambda folder: record_prompt(pipe(), manifest, sampling, prompt, folder, url),
+        )
+    if captions:
+        units[CAPTIONS] = stage.units.make(
+            key(captions=captions), lambda folder: record_captions(pipe(), manifest, sampling, captions, folder, url)
+        )
+    return units
 
 
 def load(stage: Stage, manifest: ModelManifest) -> Any:

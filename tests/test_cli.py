@@ -103,8 +103,49 @@ def test_a_profile_keeps_changes_of_your_own_unless_forced(folder):
 def test_an_unknown_profile_lists_those_there_are(folder):
     result = invoke("profile", "wan")
     assert result.exit_code == 2
-    assert result.stderr == "error: no profile 'wan'; allowed: demo, paper, wan2.2-i2v-a14b\n"
+    assert result.stderr.startswith("error: no profile 'wan'; allowed: demo, paper, wan2.1-flf2v-14b-720p, ")
     assert list(folder.iterdir()) == []
+
+
+def test_without_a_name_profiles_are_listed(folder):
+    result = invoke("profile")
+    assert result.exit_code == 0 and list(folder.iterdir()) == []
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert [name for name, _ in lines] == sorted(profiles.read_profiles())
+    assert dict(lines)["wan2.2-t2v-a14b"] == "Wan2.2-T2V-A14B at 480P: 81 frames, 40 steps, text to video."
+
+
+def test_a_profile_on_a_base_is_a_whole_file_with_comments(folder):
+    """What it does not name is as in its base; its own sections replace those of the base with their comments."""
+    invoke("profile", "wan2.1-t2v-1.3b")
+    text, base = (folder / "params.yaml").read_text(), profiles.read_profiles()["wan2.2-i2v-a14b"]
+    assert text.startswith("# Wan2.1-T2V-1.3B at 480P: 81 frames, 50 steps, text to video.\n")
+    assert "base:" not in text and "recommends shift 8 to 12" in text and "wan_i2v_A14B.py" not in text
+    found, own = yaml.safe_load(text), yaml.safe_load(base)
+    assert list(found) == list(own)
+    assert {name for name in own if found[name] != own[name]} == {"model", "sampling", "bins", "report", "experts"}
+
+
+def test_a_recipe_leaves_bins_of_other_experts(folder):
+    """The paper has bins of two experts."""
+    invoke("profile", "wan2.1-t2v-1.3b")
+    before = yaml.safe_load((folder / "params.yaml").read_text())
+    assert invoke("profile", "paper").exit_code == 0
+    after = yaml.safe_load((folder / "params.yaml").read_text())
+    assert after["bins"] == before["bins"] and after["lowrank"]["rank"] == 16
+
+
+@pytest.mark.parametrize("name", sorted(set(profiles.read_profiles()) - {"demo", "paper"}))
+def test_profiles_of_published_models(folder, name):
+    """Prompts of the user's own, where DVC watches; sizes that the model takes; bins that are reached."""
+    assert invoke("profile", name).exit_code == 0
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    assert values["trajectories"]["manifest"] == "data/calibration/my_prompts.jsonl"
+    assert values["generate"]["manifest"] == "data/evaluation/my_prompts.jsonl"
+    assert not (ROOT / values["generate"]["manifest"]).exists()
+    planned = invoke("plan", "--machine", "h100")
+    assert planned.exit_code == 0, planned.output
+    assert "no sampling step" not in planned.stdout and "dvc repro" in planned.stdout
 
 
 def test_a_recipe_needs_a_model_to_lie_on(folder):

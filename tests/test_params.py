@@ -71,6 +71,8 @@ REFUSALS = [
     ("compute.gpus_per_unit", 1.5, "fractions of one GPU, and whole numbers"),
     ("model.source", None, "string"),
     ("model.revision", 1, "string"),
+    ("model.loras", None, "valid list"),
+    ("model.loras", "lora.safetensors", "valid list"),
     ("sampling.height", -64, "greater than 0"),
     ("sampling.steps", 10.0, "integer"),
     ("sampling.flow_shift", 0.0, "greater than 0"),

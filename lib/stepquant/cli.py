@@ -27,8 +27,16 @@ app = typer.Typer(
 @app.command()
 @command
 def check(params: Annotated[Path, typer.Option(help="The params file to check.")] = Path("params.yaml")) -> None:
-    """Validate a params file: every section, and every section with the overrides of each expert."""
+    """Validate a params file: every section with the overrides of each expert, then the model and the prompts.
+
+    Nothing is downloaded: a model or a manifest that is not here is left to the stages that read it.
+    """
+    from stepquant.preflight import is_here, look_at_model, look_at_prompts
+
     parameters.check(params)
+    if is_here(params):
+        look_at_model(params)
+    look_at_prompts(params)
     print(f"{params}: fine")
 
 
@@ -103,6 +111,23 @@ def doctor(
         print(finding.line)
         healthy &= finding.fine
     raise typer.Exit(0 if healthy else 1)
+
+
+@app.command("import")
+@command
+def import_(
+    out: Annotated[Path, typer.Argument(help="The diffusers folder to write, such as data/models/NAME.")],
+    base: Annotated[Path, typer.Option(help="Diffusers folder of the model that was finetuned.")],
+    high_noise: Annotated[Path | None, typer.Option(help="Single file of the high-noise expert.")] = None,
+    low_noise: Annotated[Path | None, typer.Option(help="Single file of the low-noise expert.")] = None,
+    denoiser: Annotated[Path | None, typer.Option(help="Single file of a model with one expert.")] = None,
+) -> None:
+    """Make a diffusers folder of a finetune in single files with Wan-Video's names, for model.source."""
+    from stepquant.models.single_file import import_files
+
+    given = {"high_noise": high_noise, "low_noise": low_noise, "denoiser": denoiser}
+    import_files(base, {name: file for name, file in given.items() if file is not None}, out)
+    print(f"{out}: written; set model.source to it")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stepquant import params as parameters
 from stepquant.errors import UserError
+from stepquant.preflight import look_at_model, look_at_prompts
 from stepquant.torch_setup import check_device
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "zarr")
@@ -84,17 +85,22 @@ def _space() -> Iterator[Finding]:
 
 
 def _params(file: Path) -> Iterator[Finding]:
-    """The params file, and the packages, the device and the model that it needs."""
+    """The params file, and the packages, the device, the model and the prompts that it needs."""
     if not file.is_file():
         yield Finding(f"{file}: no such file; `stepquant profile demo` writes one")
         return
-    checks: tuple[Callable[[Path], str], ...] = (_checked, _extras, _device, _model)
-    for check in checks:
-        try:
-            yield Finding(check(file))
-        except UserError as error:
-            yield Finding(str(error), fine=False)
-            return
+    first = _finding(_checked, file)
+    yield first
+    if first.fine:  # else the sections cannot be read
+        for look in (_extras, _device, look_at_model, look_at_prompts):
+            yield _finding(look, file)
+
+
+def _finding(look: Callable[[Path], str], file: Path) -> Finding:
+    try:
+        return Finding(look(file))
+    except UserError as error:
+        return Finding(str(error), fine=False)
 
 
 def _checked(file: Path) -> str:
@@ -119,22 +125,6 @@ def _device(file: Path) -> str:
     device = parameters.section(file, "compute").device
     check_device(device)
     return f"compute.device: {device} works"
-
-
-def _model(file: Path) -> str:
-    from stepquant.models.source import describe_experts
-
-    model = parameters.section(file, "model")
-    if not (Path(model.source) / "model_index.json").is_file():
-        if model.source.count("/") == 1 and not Path(model.source).exists():
-            return f"model.source: {model.source} is not a folder here; stage model will download it"
-        raise UserError(
-            f"model.source: {model.source} has no model_index.json; "
-            "expected a diffusers folder, or a hub id such as owner/name"
-        )
-    experts = describe_experts(Path(model.source), model.source, model.revision).experts
-    blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in experts.items())
-    return f"model.source: {model.source}: {blocks}"
 
 
 def _version(name: str) -> str | None:

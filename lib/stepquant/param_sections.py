@@ -4,6 +4,8 @@ The models have no defaults. DVC tracks only the values in params.yaml, so every
 docs/parameters.md explains the effect of each key.
 """
 
+from os.path import normpath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -81,16 +83,39 @@ class Compute(Section):
         return value
 
 
+class Lora(Section):
+    """A LoRA that is fused into one expert before anything else.
+
+    Attributes:
+        expert: Name of the expert.
+        file: safetensors file in data/models, which DVC watches.
+        weight: Factor of what it adds.
+    """
+
+    expert: str
+    file: str
+    weight: float
+
+    @field_validator("file")
+    @classmethod
+    def _watched(cls, value: str) -> str:
+        if not PurePosixPath(normpath(value)).is_relative_to("data/models"):
+            raise ValueError("allowed: a file in data/models/, whose changes DVC notices")
+        return value
+
+
 class Model(Section):
     """The source pipeline.
 
     Attributes:
         source: A local diffusers folder, or a hub id.
         revision: Revision of the hub id; null for a folder.
+        loras: LoRAs that are fused into it, in this order; may be empty.
     """
 
     source: str
     revision: str | None
+    loras: list[Lora]
 
 
 class Sampling(Section):

@@ -5,7 +5,7 @@ expert.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from stepquant.param_sections import (
     Compute,
     Evaluate,
     Generate,
+    Lora,
     Model,
     Report,
     Sampling,
@@ -37,6 +38,7 @@ __all__ = [
     "Format",
     "Generate",
     "Gptq",
+    "Lora",
     "LowRank",
     "Model",
     "Report",
@@ -46,6 +48,8 @@ __all__ = [
     "Storage",
     "Trajectories",
     "check",
+    "expert_names",
+    "glance",
     "read_params",
     "section",
 ]
@@ -132,6 +136,13 @@ def section(path: Path, name: str, expert: str | None = None) -> Any:
     return _validate(SECTIONS[name], values, path, prefix)
 
 
+def glance(path: Path, name: str) -> Any:
+    """A section for a stage that only refuses by it: its values cannot change what the stage makes, so dvc.yaml does
+    not declare it. None if the file lacks it. Otherwise as `section`.
+    """
+    return section(path, name) if name in read_params(path) else None
+
+
 def expert_names(path: Path) -> list[str] | None:
     """The experts for which dvc.yaml runs stages; None if the file has no such section."""
     experts = read_params(path).get("experts")
@@ -148,6 +159,11 @@ def check(path: Path) -> None:
     binned = section(path, "bins").by_expert
     if set(binned) != set(experts):
         raise UserError(f"{path}: bins has {sorted(binned)}; allowed: exactly the experts, {sorted(experts)}")
+    for number, lora in enumerate(section(path, "model").loras):
+        if lora.expert not in experts:
+            raise UserError(
+                f"{path}: model.loras.{number}.expert: found {lora.expert!r}; allowed: {', '.join(experts)}"
+            )
     for name in SECTIONS:
         section(path, name)
         _check_watched(path, name)
@@ -186,12 +202,21 @@ def _message(error: ValidationError, model: Any, path: Path, prefix: str) -> str
     # A misspelt key is both unknown and missing; its own name is what the user can find in the file.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Only the first part of a location is a key: the rest are list positions and the branches of a union.
-    field = first["loc"][:1]
+    # In a list of entries with keys, such as model.loras, the first three are.
+    entry = _entry_model(model, first["loc"])
+    field = first["loc"][: 3 if entry else 1]
     key = ".".join([prefix] * bool(prefix) + [str(part) for part in field])
-    allowed = ", ".join(model.model_fields)
+    allowed = ", ".join((entry or model).model_fields)
     if first["type"] == "extra_forbidden":
         return f"{path}: {key}: unknown parameter; allowed: {allowed}"
     if first["type"] == "missing":
         return f"{path}: {key}: missing; expected the keys {allowed}"
-    reasons = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][:1] == field)
+    reasons = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][: len(field)] == field)
     return f"{path}: {key}: found {first['input']!r}; {'; or '.join(reasons)}"
+
+
+def _entry_model(model: Any, location: tuple[int | str, ...]) -> Any:
+    """The model of the list's entries in which an error lies; None if it lies elsewhere."""
+    field = model.model_fields.get(location[0]) if len(location) > 2 else None
+    entries = get_args(field.annotation) if field is not None else ()
+    return entries[0] if entries and hasattr(entries[0], "model_fields") else None

@@ -5,7 +5,7 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 from benchmarks.tiny_pipelines import TINY_PIPELINES, random_denoiser
-from stepquant.calibration.recorder import block_sample, output_sample, recorded
+from stepquant.calibration.recorder import block_places, output_places, recorded
 from stepquant.errors import UserError
 
 TINY = TINY_PIPELINES["Wan2.1-I2V"]
@@ -51,8 +51,8 @@ def test_samples_are_values_of_every_block_and_of_the_output(denoiser):
             output = denoiser(**arguments(number), return_dict=False)[0]
             samples = calls[number].samples
             for block in range(2):
-                assert torch.equal(samples.blocks[block], block_sample(outputs[block][0], number, block))
-            assert torch.equal(samples.output, output_sample(output[0], number))
+                assert torch.equal(samples.blocks[block], outputs[block][0].flatten()[block_places(number, 32, 64)])
+            assert torch.equal(samples.output, output[0].flatten()[output_places(number, 2048)])
     for handle in handles:
         handle.remove()
     # 32 tokens of 64 channels, of which 16 x 64 are taken; an output of 16 x 2 x 8 x 8 is taken whole.
@@ -61,12 +61,13 @@ def test_samples_are_values_of_every_block_and_of_the_output(denoiser):
     assert torch.equal(samples.output.sort().values, output.flatten().sort().values)
 
 
-def test_other_places_are_taken_in_every_call_and_block():
-    values = torch.arange(1000.0 * 128).view(1000, 128)
-    taken = [block_sample(values, call, block) for call in (0, 1) for block in (0, 1)]
-    assert all(len(found.unique()) == 16 * 64 for found in taken)
-    assert len({tuple(found.tolist()) for found in taken}) == 4
-    assert torch.equal(block_sample(values, 1, 1), taken[3])
+def test_other_places_are_taken_in_every_call():
+    taken = [block_places(call, 1000, 128) for call in range(3)]
+    for places in taken:
+        assert len(places.unique()) == 16 * 64 and len((places // 128).unique()) == 16
+        assert len((places % 128).unique()) == 64
+    assert len({tuple(places.tolist()) for places in taken}) == 3
+    assert torch.equal(block_places(1, 1000, 128), taken[1])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 
 from stepquant.checkpoint.packed import pack_linear
+from stepquant.checkpoint.writer import write_checkpoint
 from stepquant.formats import get_format, weight_scales
 from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import rotate
@@ -62,10 +63,10 @@ def source(tmp_path_factory):
     return folder
 
 
-def make_settings(subfolder, weight_format, activation_format, rank):
+def make_settings(subfolder, weight_format, activation_format, rank, mean_subtraction=True):
     rotations = {target: 16 for target in TARGETS if target.endswith("net.2")}
     return QuantizationSettings(
-        weight_format, activation_format, "ceil", rank, True, rotations, EDGES[subfolder], TARGETS
+        weight_format, activation_format, "ceil", rank, mean_subtraction, rotations, EDGES[subfolder], TARGETS
     )
 
 
@@ -74,14 +75,14 @@ def quantize(W, bias, settings, rotation, seed):
     fmt = get_format(settings.weight_format)
     generator = torch.Generator().manual_seed(seed)
     smooth = (0.5 + torch.rand(W.shape[1], generator=generator)).bfloat16()
-    mean = (0.2 * torch.randn(W.shape[1], generator=generator)).bfloat16()
+    mean = (0.2 * torch.randn(W.shape[1], generator=generator)).bfloat16() if settings.mean_subtraction else None
     residual, down, up = W.float() * smooth.float(), None, None
     if settings.rank:
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
         up = (U * S)[:, : settings.rank].bfloat16()
         down = (Vh[: settings.rank] / smooth.float()).T.bfloat16().contiguous()
         residual = residual - up.float() @ down.float().T * smooth.float()
-    bias = (bias.float() + mean.float() @ (residual / smooth.float()).T).to(bias.dtype)
+    bias = None if mean is None else bias.float() + mean.float() @ (residual / smooth.float()).T
     residual = rotate(residual, rotation)
     scales = weight_scales(fmt, residual, rounding="ceil")
     clip = None if settings.activation_format is None else torch.tensor(RATIOS)
@@ -109,3 +110,13 @@ def quantize_target(weights, settings, target):
 def tools():
     """The functions above, for tests to call (conftest cannot be imported)."""
     return SimpleNamespace(settings=make_settings, blocks=quantized_blocks, edges=EDGES)
+
+
+@pytest.fixture(scope="session")
+def packed_pipeline(source, tmp_path_factory):
+    """The folder of a packed pipeline, int4 with rank 8."""
+    out = tmp_path_factory.mktemp("packed_pipeline") / "out"
+    settings = {name: make_settings(name, "int4", "int4", rank=8) for name in EDGES}
+    blocks = {name: (s, quantized_blocks(source / name, s)) for name, s in settings.items()}
+    write_checkpoint(source, out, blocks, dtype=torch.float32, flow_shift=4.0)
+    return out

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -53,6 +55,31 @@ def test_a_failure_inside_gives_the_lock_back(tmp_path):
     with pytest.raises(ZeroDivisionError), exclusive(tmp_path / "lock"):
         raise ZeroDivisionError
     with exclusive(tmp_path / "lock"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys, number):
+    def unable(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    lock, entered = tmp_path / "stage.lock", False
+    with exclusive(lock):
+        entered = True
+    assert entered
+    reason = os.strerror(number)
+    assert capsys.readouterr().err == (
+        f"warning: {lock}: this disk has no locks ({reason}); do not run a stage twice at a time\n"
+    )
+
+
+def test_another_error_of_a_lock_names_its_file(tmp_path, monkeypatch):
+    def broken(handle, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error: '.*/stage.lock'"), exclusive(tmp_path / "stage.lock"):
         pass
 
 

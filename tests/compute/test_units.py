@@ -160,16 +160,44 @@ def test_gather_replaces_an_old_out(store, tmp_path):
     assert contents(out) == {"new/a": "two"}
 
 
-def test_gather_copies_where_links_are_refused(store, tmp_path, monkeypatch):
-    unit = store.make("1", writing(a="one"))
+@pytest.mark.parametrize("name", ["EPERM", "EXDEV", "ENOTSUP", "EMLINK", "EOPNOTSUPP", "ENOSYS"])
+def test_gather_copies_where_links_are_refused(store, tmp_path, monkeypatch, capsys, name):
+    """With one line that says so, however many files there are."""
+    number = getattr(errno, name)
+    unit = store.make("1", writing(a="one", b="two"))
 
     def refuse(source, target):
-        raise OSError(errno.EXDEV, "another file system")
+        raise OSError(number, os.strerror(number), source, None, target)
 
     monkeypatch.setattr(units.os, "link", refuse)
-    gather({"block": unit}, tmp_path / "out", {})
-    assert contents(tmp_path / "out") == {"block/a": "one"}
-    assert not os.path.samefile(tmp_path / "out/block/a", unit.folder / "a")
+    out = tmp_path / "out"
+    gather({"block": unit, "": unit}, out, {})
+    assert contents(out) == {"block/a": "one", "block/b": "two", "a": "one", "b": "two"}
+    assert not os.path.samefile(out / "block/a", unit.folder / "a")
+    reason = os.strerror(number)
+    assert capsys.readouterr().err == f"warning: {out}: files are copied, not hardlinked ({reason})\n"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_gather_does_not_take_another_error_for_a_disk_without_links(store, tmp_path, monkeypatch, capsys, number):
+    unit = store.make("1", writing(a="one"))
+
+    def fail(source, target):
+        raise OSError(number, os.strerror(number), source, None, target)
+
+    monkeypatch.setattr(units.os, "link", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        gather({"block": unit}, tmp_path / "out", {})
+    assert capsys.readouterr().err == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_unit_on_a_disk_without_fsync(store, monkeypatch, number):
+    def unable(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", unable)
+    assert store.make("1", writing(a="one")) == store.find("1")
 
 
 def test_a_failed_gather_keeps_the_old_out_and_leaves_nothing_else(store, tmp_path):

@@ -13,6 +13,7 @@ from stepquant.evaluate.metrics_file import (
     measure_video,
     memory,
     read_record,
+    read_records,
     summarize_layers,
     summarize_videos,
     write_record,
@@ -150,3 +151,28 @@ def test_damaged_files_are_refused_by_field(tmp_path, damage, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="full.json.*stage evaluate"):
         read_record(tmp_path / "full.json")
+
+
+def test_some_variants_are_read_in_their_order(tmp_path):
+    for variant in ("full", "rtn", "bf16"):
+        write_record(tmp_path / f"{variant}.json", record(variant))
+    assert [found.variant for found in read_records(tmp_path)] == ["bf16", "rtn", "full"]
+    assert [found.variant for found in read_records(tmp_path, ["full", "bf16"])] == ["bf16", "full"]
+    with pytest.raises(UserError, match="svdquant.json: cannot be read .*; stage evaluate writes it"):
+        read_records(tmp_path, ["svdquant"])
+    with pytest.raises(UserError, match="--variant fll; allowed: bf16, w4a16, "):
+        read_records(tmp_path, ["fll"])
+
+
+def test_what_an_earlier_run_left_is_not_mixed_in(tmp_path):
+    """Metrics of the demo, say, beside those of a model of which only bf16 and full were made."""
+    for variant in ("bf16", "rtn", "full"):
+        write_record(tmp_path / f"{variant}.json", record(variant))
+    earlier = record("rtn").model_copy(update={"memory": memory(10, 40)})
+    write_record(tmp_path / "rtn.json", earlier)
+    message = (
+        "rtn.json: is of another model or other prompts than that of bf16.* or name the variants .* with --variant"
+    )
+    with pytest.raises(UserError, match=message):
+        read_records(tmp_path)
+    assert len(read_records(tmp_path, ["bf16", "full"])) == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stepquant.models.families.wan_transformer import WAN_TRANSFORMER
 from stepquant.models.offload import load_mapped, place_pipeline
-from stepquant.models.source import load_source_pipeline
+from stepquant.models.source import describe_experts, load_source_pipeline
 from stepquant.models.weights import open_weights
 from stepquant.params import Compute
 from tests.pretend_device import pretend_device
@@ -43,7 +43,8 @@ def compute(device: str, offload: str) -> Compute:
 
 @torch.no_grad()
 def video(source: Path, device: str, offload: str, scratch: Path) -> torch.Tensor:
-    pipe = load_source_pipeline(source, compute(device, offload), scratch)
+    experts = list(describe_experts(source, str(source), None).experts.values())
+    pipe = load_source_pipeline(source, experts, compute(device, offload), scratch)
     shutil.rmtree(scratch)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 16}

@@ -123,8 +123,12 @@ def test_an_empty_manifest(manifest, content):
 
 
 def test_a_missing_manifest(tmp_path):
-    assert refusal(tmp_path / "absent.jsonl") == ": no such manifest; expected a JSONL file of prompts"
-    assert refusal(tmp_path) == ": no such manifest; expected a JSONL file of prompts"
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        message = refusal(path)
+        assert message.startswith(
+            ": no such manifest; put prompts of your own there, one JSON object per line with id, "
+        )
+        assert "none (text to video), image, or image and last_image" in message
 
 
 def test_a_manifest_that_is_not_text(manifest):
@@ -227,3 +231,8 @@ def test_a_manifest_with_a_byte_order_mark(manifest):
     path = manifest(ROW)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [p.id for p in read_manifest(path)] == ["a_1"]
+
+
+def test_a_key_that_is_there_twice(manifest):
+    path = manifest('{"id": "a", "seed": 1, "seed": 2}')
+    assert refusal(path) == ":1: 'seed' is there twice; keep one of the two"

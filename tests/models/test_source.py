@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import UserError
+from stepquant.models.manifest import read_manifest, write_manifest
 from stepquant.models.source import describe_source, resolve_source
-from tests.wan import BLOCKS, save_expert
+from tests.wan import BLOCKS, SITES, save_expert
 
 INDEX = {
     "_class_name": "WanImageToVideoPipeline",
@@ -128,6 +129,42 @@ def test_a_dense_model_has_one_expert_over_all_of_t(source):
     experts = describe(source).experts
     assert list(experts) == ["denoiser"]
     assert (experts["denoiser"].subfolder, experts["denoiser"].t_range) == ("transformer", (0, 1000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "WanVACEPipeline"}, "_class_name 'WanVACEPipeline' is not supported; allowed: WanImage"),
+        ({"_class_name": ["own", "WanPipeline"]}, "_class_name ['own', 'WanPipeline'] is not supported"),
+        ({"boundary_ratio": None}, "a transformer_2 but no boundary_ratio, with which the pipeline would never call"),
+        ({"transformer_2": [None, None]}, "boundary_ratio 0.9 but no transformer_2"),
+        ({"_class_name": "WanPipeline"}, None),  # what it is refused for is in the denoiser's config
+    ],
+)
+def test_a_pipeline_that_would_not_run_as_it_is_described(source, changes, message):
+    (source / "model_index.json").write_text(json.dumps(INDEX | changes))
+    expected = f"{source}/model_index.json: {message}"
+    if message is None:
+        expected = f"{source}/transformer config: in_channels 36 with out_channels 16; WanPipeline passes 16 channels"
+    assert refusal(source).startswith(expected)
+
+
+def test_another_denoiser_class_than_the_index_says(source):
+    config = source / "transformer_2/config.json"
+    config.write_text(config.read_text().replace("WanTransformer3DModel", "SkyReelsV2Transformer3DModel"))
+    assert refusal(source).startswith(
+        f"{source / 'transformer_2'}/config.json: _class_name 'SkyReelsV2Transformer3DModel' is not supported"
+    )
+
+
+def test_the_order_of_experts_sites_and_linears_survives_the_file(finished, tmp_path):
+    """Every stage reads it from there; sorted keys would stack to_k before to_q and round another matrix."""
+    manifest = describe(finished)
+    write_manifest(tmp_path / "manifest.json", manifest)
+    found = read_manifest(tmp_path / "manifest.json")
+    assert found == manifest and list(found.experts) == ["high_noise", "low_noise"]
+    for described in found.experts.values():
+        assert described.ordered_sites == SITES
 
 
 def test_compression_of_the_vae(source):

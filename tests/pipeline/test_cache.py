@@ -38,6 +38,7 @@ NEW_ACTIVATIONS = below(BRANCH) | {"evaluate@rtn"}
 
 PARAMS = {
     "model.revision": ("main", ALL),
+    "model.loras": ([{"expert": "high_noise", "file": "data/models/lora.safetensors", "weight": 1.0}], ALL),
     "compute.threads": (2, ALL - {"model"}),
     "compute.dtype": ("bfloat16", ALL - {"model"}),
     "compute.offload": ("disk", {"report"}),

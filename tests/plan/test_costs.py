@@ -1,11 +1,14 @@
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from stepquant.plan import costs, counts
+from stepquant.plan import costs, counts, quantize_costs, sizes
 from stepquant.plan.rates import GPUS
 
+ROOT = Path(__file__).resolve().parents[2]
 # A machine that does one operation a second and moves bytes in no time: seconds are operations.
 SLOW = replace(
     GPUS["h100"],
@@ -17,6 +20,7 @@ SLOW = replace(
     pcie=float("inf"),
     disk=float("inf"),
     hash=float("inf"),
+    network=float("inf"),
 )
 
 
@@ -57,7 +61,67 @@ def test_operations_of_the_factor_stages(real):
         gptq += 2.4 * trial + 2 * s.weights * (s.K + 1024) + 3 * s.weights * s.K + 4 * refit
         clip += 7 * 2 * rows * s.weights
     for stage, expected in (("lowrank", lowrank), ("gptq", gptq), ("clip", clip)):
-        assert getattr(costs, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
+        assert getattr(quantize_costs, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
+
+
+def test_every_stage_of_dvc_repro_has_a_row(real):
+    """In an order in which each follows what it depends on."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    values = {name: dict(entry) for group in stages["vars"] for name, entry in group.items()}
+    values["experts"] = dict.fromkeys(("high_noise", "low_noise"))
+    expected = []
+    for name, stage in stages["stages"].items():
+        keys = values[stage["foreach"].strip("${}")] if "foreach" in stage else {}
+        expected += [f"{name}@{key}" for key in keys] or [name]
+    assert [cost.stage for cost in costs.stage_costs(real, SLOW)] == expected
+
+
+def test_some_variants_leave_out_the_stages_of_the_others(real):
+    every, few = (costs.stage_costs(real, SLOW, variants) for variants in (costs.ORDER, ("bf16", "full")))
+    left = {cost.stage for cost in every} - {cost.stage for cost in few}
+    assert left == {
+        f"{stage}@{variant}"
+        for variant in ("w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip")
+        for stage in ("pack", "generate", "evaluate")
+    }
+
+
+def test_the_source_is_downloaded_and_hashed(real):
+    """Two experts of 57.2 GB in float32, the text encoder of 11.4 GB in bfloat16, the VAE of 0.5 GB: 126.2 GB."""
+    machine = replace(SLOW, network=100e6, hash=1.8e9)
+    found = costs.model(real, machine)
+    expected = 2 * 4 * 14_288_901_184 + 2 * 5_680_910_336 + 4 * 126_892_531
+    assert found.out == expected == pytest.approx(126.2e9, rel=0.001)
+    assert found.seconds == pytest.approx(expected / 100e6 + expected / 1.8e9)
+    here = replace(real, model=replace(real.model, download=False))
+    assert costs.model(here, machine).out == 0 and costs.model(here, machine).seconds == expected / 1.8e9
+
+
+def test_what_is_not_quantized_is_packed_in_bfloat16(real):
+    """But the embedding of t, the tables of modulation, the norms, and the biases of the quantized linears."""
+    high, D, F = real.experts[0], 5120, 13824
+    tensors = sizes.packed_expert(real, high).bytes - high.rest_bytes(2)
+    kept = 256 * D + D + D * D + D + 2 * D + 40 * 8 * D
+    assert high.rest_bytes(2) == high.bf16_bytes - 2 * high.weights + 2 * kept
+    bias = replace(high, float32_values=0)
+    assert tensors - (sizes.packed_expert(real, bias).bytes - bias.rest_bytes(2)) == 0
+    assert sizes.packed_expert(real, high).bytes == pytest.approx(8.32e9, rel=0.01)
+    biases = 40 * (9 * D + F)
+    assert biases * 2 < 5e6  # bytes that float32 adds to them
+
+
+def test_variants_without_a_branch_are_smaller(real):
+    """rtn has no low-rank branch, no smoothing and no mean: 32 (K + N) values of two bytes per linear."""
+    full, rtn = (sizes.packed_expert(real, real.experts[0], name).bytes for name in ("full", "rtn"))
+    D, F = 5120, 13824
+    branch = 2 * 32 * (8 * 2 * D + 2 * (D + F))
+    assert full - rtn == pytest.approx(40 * branch, rel=0.05)
+
+
+def test_evaluating_takes_the_time_of_ssim(real):
+    """16 videos of 81 frames at 0.94 million pixels a second."""
+    found = costs.evaluate(real, replace(SLOW, bf16=float("inf")), "full")
+    assert found.seconds == pytest.approx(16 * 81 * 480 * 832 * (1 / 0.94e6 + 1 / 27e6))
 
 
 def test_eight_devices_take_an_eighth_but_for_sampling_and_packing(real):
@@ -70,7 +134,9 @@ def test_eight_devices_take_an_eighth_but_for_sampling_and_packing(real):
 
 def test_more_devices_than_shards_stand_idle(real):
     """Nine do, and each holds a shard's hidden states on the host."""
-    two, sixteen = (costs.capture(real, real.experts[0], replace(SLOW, devices=devices)) for devices in (2, 16))
+    two, sixteen = (
+        quantize_costs.capture(real, real.experts[0], replace(SLOW, devices=devices)) for devices in (2, 16)
+    )
     assert two.seconds == pytest.approx(4.5 * sixteen.seconds)
     assert sixteen.host - two.host == 7 * 48 * 32760 * 5120 * 2
 
@@ -79,9 +145,11 @@ def test_the_slower_of_computing_and_copying_counts(real):
     """Each of 420 calls crosses PCIe to and from each of 40 blocks: 0.335 GB each way, 27 ms at 25 GB/s."""
     high = real.experts[0]
     idle = replace(SLOW, bf16=float("inf"), hessian=float("inf"), pcie=25e9)
-    assert costs.capture(real, high, idle).seconds == pytest.approx(420 * 40 * 2 * 32760 * 5120 * 2 / 25e9)
-    computing = costs.capture(real, high, SLOW).seconds
-    assert costs.capture(real, high, replace(SLOW, pcie=25e9)).seconds == computing  # hidden behind the arithmetic
+    assert quantize_costs.capture(real, high, idle).seconds == pytest.approx(420 * 40 * 2 * 32760 * 5120 * 2 / 25e9)
+    computing = quantize_costs.capture(real, high, SLOW).seconds
+    assert (
+        quantize_costs.capture(real, high, replace(SLOW, pcie=25e9)).seconds == computing
+    )  # hidden behind the arithmetic
 
 
 def test_what_capture_keeps_on_the_device_for_every_call_of_a_shard(real):
@@ -92,18 +160,20 @@ def test_what_capture_keeps_on_the_device_for_every_call_of_a_shard(real):
     assert counts.block_input_bytes(real, real.experts[0], 48) == 48 * call + table
     assert call == pytest.approx(5.4e6, rel=0.01) and table == pytest.approx(34e6, rel=0.02)
     on_host = replace(SLOW, device_bytes=None)
-    device, host = (costs.capture(real, real.experts[0], machine) for machine in (SLOW, on_host))
-    working = host.host - 48 * 32760 * 5120 * 2 - costs.PROCESS_BYTES
-    assert device.device - costs.CONTEXT_BYTES == working + 3 * 32760 * 5120 * 2
+    device, host = (quantize_costs.capture(real, real.experts[0], machine) for machine in (SLOW, on_host))
+    working = host.host - 48 * 32760 * 5120 * 2 - quantize_costs.PROCESS_BYTES
+    assert device.device - quantize_costs.CONTEXT_BYTES == working + 3 * 32760 * 5120 * 2
 
 
 def test_the_quantized_linear_is_counted_where_videos_are_sampled(real):
     """ffn.down: a weight of 5,120 x 13,824 in bfloat16, 0.14 GB, and six float32 tensors of 1,024 tokens, 0.34 GB."""
     largest = 2 * 5120 * 13824 + 6 * 4 * 1024 * 13824
     assert counts.linear_bytes(real, real.experts[0]) == largest
-    full, bf16 = (cost for cost in reversed(costs.stage_costs(real, SLOW)) if cost.stage.startswith("generate"))
-    packed = max(costs.sizes.packed_expert(real, expert).bytes for expert in real.experts)
-    assert full.device - bf16.device == pytest.approx(packed + largest - real.experts[0].bf16_bytes)
+    found = {cost.stage: cost.device for cost in costs.stage_costs(real, SLOW)}
+    packed = max(sizes.packed_expert(real, expert).bytes for expert in real.experts)
+    kept = 2 * (256 * 5120 + 5120**2 + 4 * 5120 + 40 * 8 * 5120)  # two bytes more of each value that stays float32
+    difference = packed + largest - (real.experts[0].bf16_bytes + kept)
+    assert found["generate@full"] - found["generate@bf16"] == pytest.approx(difference)
 
 
 def test_memory_does_not_grow_with_blocks(real):
@@ -112,8 +182,8 @@ def test_memory_does_not_grow_with_blocks(real):
         name: described.model_copy(update={"blocks": 4, "bf16_bytes": described.bf16_bytes - blocks})
         for name, described in real.manifest.experts.items()
     }
-    few = replace(real, manifest=real.manifest.model_copy(update={"experts": experts}))
-    for stage in (costs.capture, costs.lowrank, costs.gptq, costs.clip):
+    few = replace(real, model=replace(real.model, manifest=real.manifest.model_copy(update={"experts": experts})))
+    for stage in (quantize_costs.capture, quantize_costs.lowrank, quantize_costs.gptq, quantize_costs.clip):
         many = stage(real, real.experts[0], SLOW)
         assert stage(few, few.experts[0], SLOW).device == pytest.approx(many.device, rel=0.01)
 
@@ -132,6 +202,6 @@ def test_what_goes_to_an_object_store_is_not_on_disk(real):
 
 def test_on_a_cpu_the_host_holds_it_all(real):
     cpu = replace(SLOW, device_bytes=None)
-    on_device, on_host = (costs.gptq(real, real.experts[0], machine) for machine in (SLOW, cpu))
+    on_device, on_host = (quantize_costs.gptq(real, real.experts[0], machine) for machine in (SLOW, cpu))
     assert on_host.device == 0
-    assert on_host.host - costs.PROCESS_BYTES == on_device.device - costs.CONTEXT_BYTES
+    assert on_host.host - quantize_costs.PROCESS_BYTES == on_device.device - quantize_costs.CONTEXT_BYTES

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.make_shape import EXPERT, Shape, bin_edges, shards
 from stepquant.calibration.statistics_files import read_statistics, site_folder
+from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.weights import open_weights
-from stepquant.plan.workload import timesteps
+from stepquant.plan.published import SCHEDULER
 from tests.wan import SITES
 
 
@@ -50,6 +51,6 @@ def test_the_seed_decides():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_every_bin_has_a_step(steps):
-    edges, times = bin_edges(steps), timesteps(steps, 1.0)
+    edges, times = bin_edges(steps), sampler_timesteps(SCHEDULER, steps, 1.0)
     assert len(edges) == min(3, steps) + 1
     assert all(any(high >= t > low for t in times) for high, low in pairwise(edges))

@@ -48,7 +48,7 @@ def test_params_of_a_made_shape_on_this_machine(made, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.2-i2v-a14b"),
+        (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.1-flf2v-14b-720p, "),
         (["--profile", "demo"], "model.source: data/models/wan22-mini is neither a local folder nor known here"),
         (
             ["--profile", "wan2.2-i2v-a14b", "--machine", "abacus"],
@@ -83,9 +83,39 @@ def test_calibration_that_is_too_thin(real):
     assert list(table.calibration_warnings(real)) == [f"{name} {expected}" for name in ("high_noise", "low_noise")]
 
 
+@pytest.mark.parametrize(
+    ("profile", "columns"),
+    [
+        ("wan2.1-t2v-14b", "seed, without pictures"),
+        ("wan2.1-i2v-14b-480p", "seed and image"),
+        ("wan2.2-i2v-a14b", "seed and image and optionally last_image"),
+        ("wan2.1-flf2v-14b-720p", "seed and image and last_image"),
+    ],
+)
+def test_prompts_that_are_not_there_are_asked_for(folder, profile, columns):
+    """Which pictures they have depends on the model."""
+    found = invoke("--profile", profile, "--machine", "h100").stdout
+    asked = f"is not there; write your own prompts with id, split, prompt, negative_prompt, {columns}"
+    assert f"warning: trajectories.manifest: data/calibration/my_prompts.jsonl {asked}\n" in found
+    assert f"warning: generate.manifest: data/evaluation/my_prompts.jsonl {asked}\n" in found
+
+
+def test_totals(folder):
+    """That of dvc repro is the sum of all rows; the second leaves out variants, and the plan says how to make it."""
+    lines = invoke("--profile", "wan2.2-i2v-a14b", "--machine", "h100").stdout.splitlines()
+    rows = {cells[1]: cells[2:] for line in lines if len(cells := [cell.strip() for cell in line.split("│")]) > 5}
+    stages = [name for name in rows if name not in ("dvc repro", "bf16 and full only", "all but sampling")]
+    assert len(stages) == 1 + 1 + 2 * 4 + 6 + 7 + 7 + 1
+    out = sum(float(rows[name][3].split()[0]) for name in stages if rows[name][3].endswith(" GB"))
+    assert float(rows["dvc repro"][3].split()[0]) == pytest.approx(out, abs=1.0)
+    assert float(rows["bf16 and full only"][3].split()[0]) < out
+    commands = "dvc repro evaluate@bf16 evaluate@full && stepquant report --variant bf16 --variant full"
+    assert lines[-1] == f"dvc repro makes every variant; for bf16 and full only: {commands}"
+
+
 def test_a_bin_without_steps(folder):
     text = read_profiles()["wan2.2-i2v-a14b"]
-    Path("params.yaml").write_text(text.replace("[1000, 975, 940, 900]", "[1000, 999, 998, 900]"))
+    Path("params.yaml").write_text(text.replace("[1000, 975, 940, 900]", "[1000, 998.5, 998, 900]"))
     found = list(table.calibration_warnings(make_workload(Path("params.yaml"))))
     assert (
         found[0] == "bins.high_noise: no sampling step has t in bin 1; set fewer or wider bins, or raise sampling.steps"

@@ -7,9 +7,10 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks.make_shape import Shape
 from stepquant.errors import UserError
+from stepquant.plan import find_model as find
 from stepquant.plan.find_model import find_model
 from stepquant.plan.printing import make_workload
-from stepquant.plan.workload import rows_kept, search_rows, summed_tokens, timesteps
+from stepquant.plan.workload import rows_kept, search_rows, summed_tokens
 from stepquant.profiles import read_profiles
 
 A14B = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -44,16 +45,14 @@ def test_calls_of_the_known_model(real):
     assert fewer.all_calls == 14 * 2 * (5 + 6 + 6) and fewer.calls("calibration", 1) == 8 * 2 * 6
 
 
-def test_timesteps_are_those_that_a_pipeline_steps_through():
-    """UniPC at shift 5: t = 1000 * 5 s / (1 + 4 s) at s = 1, 0.75025, 0.5005, 0.25075."""
-    assert timesteps(4, 5.0) == pytest.approx(
-        [1000.0, 1000 * 3.75125 / 4.001, 1000 * 2.5025 / 3.002, 1000 * 1.25375 / 2.003]
-    )
+def test_timesteps_are_those_that_the_scheduler_steps_through(real):
+    """UniPC at shift 5: t = 1000 * 5 s / (1 + 4 s), in whole numbers."""
+    assert real.timesteps[:3] == [999.0, 994.0, 989.0] and real.timesteps[-1] == 117.0
 
 
 def test_prompts_are_counted_in_the_manifest_that_the_params_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    manifest = tmp_path / "data/calibration/manifest.jsonl"
+    manifest = tmp_path / "data/calibration/my_prompts.jsonl"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(
         "\n".join(json.dumps({"split": split}) for split in ("calibration", "calibration", "validation", "heldout"))
@@ -97,16 +96,25 @@ def test_hessians_take_every_fourth_token_but_all_of_the_text(real):
 
 
 def test_a_local_model_is_described_without_its_weights_being_hashed(made):
-    manifest, other = find_model(str(made / "model"), None, made / "absent.json")
-    assert manifest.expert("denoiser").blocks == 2 and not manifest.files
-    assert other == (made / "model/scheduler/scheduler_config.json").stat().st_size
+    model = find_model(str(made / "model"), None, made / "absent.json")
+    assert model.manifest.expert("denoiser").blocks == 2 and not model.manifest.files and not model.download
+    files = [path for path in (made / "model").glob("*/*") if path.is_file()]
+    assert model.stored_bytes == sum(path.stat().st_size for path in files)
+    assert model.other_stored_bytes == sum(path.stat().st_size for path in files if path.parent.name != "transformer")
+    assert model.stored_itemsize("denoiser") == pytest.approx(2, rel=0.01)
 
 
-def test_a_model_that_was_described_once_need_not_be_here(tmp_path, made):
+def test_a_model_that_was_downloaded_is_read_there(tmp_path, made, monkeypatch):
+    """At the commit that stage model found. Without the files there is nothing to read."""
     recorded = tmp_path / "manifest.json"
-    recorded.write_text(
-        json.dumps(json.loads((made / "artifacts/model/manifest.json").read_text()) | {"source": "some/model"})
-    )
-    assert find_model("some/model", None, recorded)[0].expert("denoiser").blocks == 2
+    written = json.loads((made / "artifacts/model/manifest.json").read_text())
+    recorded.write_text(json.dumps(written | {"source": "some/model", "revision": "a" * 40}))
+    asked = []
+    monkeypatch.setattr(find, "cached_snapshot", lambda *where: asked.append(where) or made / "model")
+    assert find_model("some/model", "main", recorded).manifest.expert("denoiser").blocks == 2
+    assert asked == [("some/model", "a" * 40)]
+    monkeypatch.setattr(find, "cached_snapshot", lambda *where: None)
+    with pytest.raises(UserError, match="its files are not here; run `stepquant model`"):
+        find_model("some/model", "main", recorded)
     with pytest.raises(UserError, match="other/model is neither a local folder nor known here; run `stepquant model`"):
         find_model("other/model", None, recorded)

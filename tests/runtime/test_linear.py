@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 from stepquant.errors import UserError
+from stepquant.runtime import linear as linear_module
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
 
@@ -195,3 +197,60 @@ def test_compiles_once_over_bins(fmt):
         assert torch.equal(outputs[-1], linear(x))
     assert counter.frame_count == 1
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_bias_is_not_rounded_before_it_cancels(dtype):
+    """The bias holds mean @ W.T, which can be a thousand times the output. Only the output itself is rounded."""
+    linear = make_linear("int4", None, mean_subtraction=True)
+    g = torch.Generator().manual_seed(3)
+    linear.mean.copy_(1000 * torch.randn(K, generator=g))
+    noise = torch.randn(16, K, generator=g)
+    x = linear.mean.to(dtype) + noise.to(dtype)  # on the grid of its dtype, in which the mean is as well
+    z = ((x.double() - linear.mean.double()) / linear.smooth_factor.double()).to(dtype)
+    branch = x.double() @ linear.proj_down.double() @ linear.proj_up.double().T
+    rounded_branch = F.linear(x @ linear.proj_down.to(dtype), linear.proj_up.to(dtype)).double()
+    W = weight_by_hand(linear, "int4").to(dtype).double()
+    linear.bias.copy_((z.double() @ W.T + branch).mean(0).neg())
+    product = F.linear(z, W.to(dtype)).double()  # the GEMM rounds its own result
+    expected = product + linear.bias.double() + rounded_branch
+    assert linear.bias.abs().max() > 20 * expected.abs().mean()
+    torch.testing.assert_close(linear(x), expected.to(dtype), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_sample_has_the_clip_of_its_own_timestep(fmt, shape, monkeypatch):
+    """Three samples in three bins, by three calls of one sample; in one piece and in slabs across samples."""
+    linear = make_linear(fmt, fmt, mean_subtraction=True)
+    x = torch.randn(3, *shape, K, generator=torch.Generator().manual_seed(2))
+    alone = []
+    for sample, bin_ in zip(x, (2, 0, 1)):
+        linear.bin.set(bin_)
+        alone.append(linear(sample))
+    linear.bin.set(torch.tensor([2, 0, 1]))
+    whole = linear(x)
+    torch.testing.assert_close(whole, torch.stack(alone), rtol=1e-5, atol=1e-5)
+    linear.bin.set(torch.tensor([0, 0, 0]))
+    assert not torch.allclose(linear(x), whole, atol=1e-2)
+    linear.bin.set(torch.tensor([2, 0, 1]))
+    monkeypatch.setattr(linear_module, "TOKENS_PER_SLAB", 2)
+    torch.testing.assert_close(linear(x), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_with_another_number_of_samples_is_refused():
+    linear = make_linear("int4", "int4")
+    linear.bin.set(torch.tensor([2, 0, 1]))
+    with pytest.raises(UserError, match=r"shape \(2, 5, 128\), but the denoiser was called with 3 timesteps"):
+        linear(torch.zeros(2, 5, K))
+
+
+def test_one_graph_for_all_bins_of_a_batch():
+    torch._dynamo.reset()
+    linear, counter = make_linear("mxfp4", "mxfp4"), CompileCounter()
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2))
+    for bins in ([0, 1], [2, 2], [1, 0]):
+        linear.bin.set(torch.tensor(bins))
+        assert torch.equal(compiled(x), linear(x))
+    assert counter.frame_count == 1

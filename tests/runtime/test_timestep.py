@@ -40,8 +40,14 @@ def test_integer_timesteps_by_hand(t, expected):
 
 
 def test_timestep_per_token():
-    """Wan 2.2 TI2V passes t per token, 0 for the tokens of the given frame."""
-    assert bin_index(torch.tensor([[0.0, 0.0, 940.0, 940.0]]), EDGES).item() == 1
+    """Wan 2.2 TI2V passes t per token, 0 for the tokens of the given frame. Each sample has its own largest t."""
+    assert bin_index(torch.tensor([[0.0, 0.0, 940.0, 940.0]]), EDGES).tolist() == [1]
+    assert bin_index(torch.tensor([[0.0, 910.0], [0.0, 999.0], [940.0, 0.0]]), EDGES).tolist() == [2, 0, 1]
+
+
+def test_every_sample_has_its_own_timestep():
+    assert bin_index(torch.tensor([940, 999, 910]), EDGES).tolist() == [1, 0, 2]
+    assert bin_index(torch.tensor(940), EDGES).tolist() == [1]
 
 
 def current(linear):
@@ -84,6 +90,18 @@ def test_the_timestep_chooses_the_clip(fmt):
     for t, i in ((1000, 0), (940, 1), (925, 2), (951, 0), (901, 2)):
         assert torch.equal(denoiser(hidden_states=x, timestep=torch.tensor([t, t])), expected[i])
         assert torch.equal(denoiser(x, torch.tensor([t, t], dtype=torch.float32)), expected[i])
+
+
+@pytest.mark.parametrize("fmt", ["int4", "mxfp4", "nvfp4"])
+def test_a_batch_of_mixed_timesteps_is_its_samples_one_by_one(fmt):
+    denoiser = Denoiser(fmt)
+    follow_timestep(denoiser, EDGES)
+    x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor([1000.0, 940.0, 901.0])
+    alone = torch.cat([denoiser(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(denoiser(x, t), alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(denoiser(x, t.flip(0)), alone, atol=1e-2)
+    assert torch.equal(denoiser(x, t[:1]), denoiser(x, t[:1].expand(3)))  # one timestep for all samples
 
 
 def test_a_copy_follows_its_own_timestep():

@@ -129,5 +129,5 @@ def test_nan_in_what_the_pipeline_gives_its_denoiser(folder, refused):
     save_file(tensors, file)
     shutil.rmtree(folder.root / ".units/trajectories")
     assert refused("trajectories").startswith(
-        "prompt calibration_00: the pipeline gave its denoiser embeddings with NaN or Inf; "
+        "prompt calibration_00: the pipeline gave its denoiser encoder_hidden_states with NaN or Inf; "
     )

@@ -80,7 +80,7 @@ def test_a_bin_that_no_recorded_step_falls_into(folder, refused):
 def test_a_rank_larger_than_the_layer(folder, refused, key):
     folder.set(key, 257 if key == "lowrank.rank" else {"rank": 257})
     message = refused("lowrank", *HIGH)
-    assert message == "lowrank.rank: 257 for high_noise attn1.out, a weight of 256 x 256; allowed: 0 to 256"
+    assert message == "lowrank.rank: 257 for high_noise attn1.qkv, a weight of 768 x 256; allowed: 0 to 256"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_channels_that_the_group_of_the_format_does_not_divide(folder, refused, 
 
 def test_a_rotation_that_does_not_divide_the_channels(folder, refused):
     folder.set("rotate.hadamard_sizes", [0, 512])
-    where, allowed = "rotate.hadamard_sizes, high_noise attn1.out", "0, or a power of two that divides 256"
+    where, allowed = "rotate.hadamard_sizes, high_noise attn1.qkv", "0, or a power of two that divides 256"
     assert refused("lowrank", *HIGH) == f"{where}: Hadamard size 512 for 256 channels; allowed: {allowed}"
 
 

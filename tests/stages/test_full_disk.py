@@ -27,7 +27,10 @@ def test_a_full_disk_while_a_small_file_is_written(refused, disk):
 
 @pytest.mark.parametrize(
     ("stage", "arguments", "label", "array"),
-    [("trajectories", (), "trajectories", "embeddings"), ("capture", HIGH, "capture@high_noise", "attn2.q/channels")],
+    [
+        ("trajectories", (), "trajectories", "encoder_hidden_states"),
+        ("capture", HIGH, "capture@high_noise", "attn2.q/channels"),
+    ],
 )
 def test_a_full_disk_while_a_zarr_group_is_written(folder, refused, disk, stage, arguments, label, array):
     """Some arrays fit, this one does not."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepquant.calibration.captions import CAPTIONS_PER_BATCH, CaptionInputs, caption_calls
-from stepquant.calibration.replay import BlockObservers, cut_ranges, glue_of, replay_block, replayed_calls
+from stepquant.calibration.replay import BlockObservers, cut_ranges, load_glue, replay_block, replayed_calls
 from stepquant.calibration.sampling_plan import SamplingPlan
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Trajectories
@@ -55,7 +55,8 @@ class CaptionShard:
         )
         model = open_expert(self.manifest, self.expert, self.compute)
         sites = tuple(site for site in self.manifest.expert(self.expert).ordered_sites if site.text_alone)
-        inputs = CaptionInputs.of(trajectories, self.manifest, self.expert, glue_of(model))
+        glue = load_glue(self.manifest.model_dump_json(), self.expert, self.compute)
+        inputs = CaptionInputs.of(trajectories, self.manifest, self.expert, glue)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
         for index in self.blocks:
             observers = BlockObservers(self, index, calls, captions, plans)

@@ -53,33 +53,33 @@ class RecordedCall:
     samples: Samples | None
 
 
-def block_sample(output: Tensor, call: int, block: int) -> Tensor:
-    """The values of a block's output that are compared.
+def block_places(call: int, tokens: int, channels: int) -> Tensor:
+    """Which values of a block's output are compared, the same in every block of a call and others in every call.
 
     Args:
-        output: [T, D] of one call.
         call: number of the call in its prompt, over all experts.
-        block: index of the block.
+        tokens: of the output [T, D].
+        channels: of the output.
 
     Returns:
-        [tokens x channels] at seeded places that differ from call to call and from block to block.
+        Seeded positions in the flattened output, int64 [tokens x channels].
     """
-    generator = _generator(f"block/{call}/{block}")
-    tokens, channels = (_choose(generator, size, count) for size, count in zip(output.shape, (TOKENS, CHANNELS)))
-    return output[tokens.to(output.device)][:, channels.to(output.device)].flatten()
+    generator = _generator(f"block/{call}")
+    rows, columns = _choose(generator, tokens, TOKENS), _choose(generator, channels, CHANNELS)
+    return (rows[:, None] * channels + columns).flatten()
 
 
-def output_sample(output: Tensor, call: int) -> Tensor:
-    """The values of a denoiser's output that are compared.
+def output_places(call: int, size: int) -> Tensor:
+    """Which values of a denoiser's output are compared.
 
     Args:
-        output: of one call, of any shape.
         call: number of the call in its prompt, over all experts.
+        size: number of values in the output.
 
     Returns:
-        [values] at seeded places.
+        Seeded positions in the flattened output, int64 [values].
     """
-    return output.flatten()[_choose(_generator(f"output/{call}"), output.numel(), VALUES).to(output.device)]
+    return _choose(_generator(f"output/{call}"), size, VALUES)
 
 
 def _generator(seed: str) -> np.random.Generator:
@@ -128,6 +128,7 @@ class _Recorder:
         self._signature = inspect.signature(type(module).forward)
         self._arguments: dict[str, Tensor] = {}
         self._blocks: list[Tensor] = []
+        self._places = torch.empty(0)
         blocks = getattr(module, find_denoiser(type(module).__name__).stack.attribute)
         self._handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -155,11 +156,15 @@ class _Recorder:
         self._blocks = []
 
     def _after_block(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._blocks.append(block_sample(output.detach()[0], len(self.calls), len(self._blocks)))
+        first = output.detach()[0]
+        if not self._blocks:  # sent to the device once per call
+            self._places = block_places(len(self.calls), *first.shape).to(first.device)
+        self._blocks.append(first.flatten()[self._places])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tensor = output[0].detach()
-        samples = Samples(torch.stack(self._blocks).cpu(), output_sample(tensor[0], len(self.calls)).cpu())
+        values = output[0].detach()[0].flatten()
+        places = output_places(len(self.calls), len(values)).to(values.device)
+        samples = Samples(torch.stack(self._blocks).cpu(), values[places].cpu())
         self.calls.append(RecordedCall(self.expert, self._arguments, samples))
 
 

@@ -32,7 +32,6 @@ from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Call, Trajectories, spread_over_bins
 from stepquant.models.bins import Bins
 from stepquant.models.block_inputs import BlockInputs, Glue, KeptInputs
-from stepquant.models.denoiser import Denoiser
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
@@ -89,35 +88,37 @@ class Shard:
         trajectories, described = Trajectories(self.trajectories), self.manifest.expert(self.expert)
         calls = replayed_calls(trajectories, self.expert, self.bins, self.capture)
         model = open_expert(self.manifest, self.expert, self.compute)
-        mine = [calls[i] for i in self.calls]
-        check = ReplayCheck(self.expert, described.blocks, model.dtype, trajectories, mine)
         chunks = [
             self.calls[chunk.start : chunk.stop] for chunk in cut_ranges(len(self.calls), self.capture.calls_per_chunk)
         ]
-        inputs, first = self._first_inputs(model, trajectories, calls, chunks)
+        batches = [[calls[i] for i in positions] for positions in chunks]
+        check = ReplayCheck(self.expert, described.blocks, model, trajectories, batches)
+        inputs, first = self._first_inputs(trajectories, calls, chunks)
         captions = caption_calls(trajectories)
         plans: dict[str, SamplingPlan] = {}  # the same in every block
         with open_hidden_states(first, self.compute.device) as hidden:
             for index in self.blocks:
                 observers = BlockObservers(self, index, calls, captions, plans)
-                batches = _batches(chunks, inputs, hidden)
-                replayed = replay_block(model.block(index), described.ordered_sites, batches, observers.observe)
-                for n, (positions, output) in enumerate(replayed):
-                    check.add_block(index, [calls[i] for i in positions], output)
+                given = _batches(chunks, inputs, hidden)
+                replayed = replay_block(model.block(index), described.ordered_sites, given, observers.observe)
+                for n, (_, output) in enumerate(replayed):
+                    check.add_block(index, n, output)
                     hidden.put(n, output)
                 observers.save(folder / block_name(index))
                 check.refuse_block(index)
             if self.blocks.stop < described.blocks:
                 for n, positions in enumerate(chunks):
                     save_file({"hidden_states": hidden.host(n)}, folder / hidden_states_file(positions))
-            elif check.samples:
-                for n, positions in enumerate(chunks):
-                    batch = [calls[i] for i in positions]
-                    check.add_output(batch, glue_of(model).output(trajectories.inputs(batch), hidden.get(n)))
+            elif check.compares:
+                for n, batch in enumerate(batches):
+                    check.add_output(n, self._glue().output(trajectories.inputs(batch), hidden.get(n)))
                 check.refuse_output()
 
+    def _glue(self) -> Glue:
+        return load_glue(self.manifest.model_dump_json(), self.expert, self.compute)
+
     def _first_inputs(
-        self, model: Denoiser, trajectories: Trajectories, calls: list[Call], chunks: list[range]
+        self, trajectories: Trajectories, calls: list[Call], chunks: list[range]
     ) -> tuple[list[KeptInputs], list[torch.Tensor]]:
         """Per chunk: the inputs that all blocks share, and the hidden states of the shard's first block on the host.
 
@@ -128,7 +129,7 @@ class Shard:
         inputs: list[KeptInputs] = []
         hidden = []
         for positions in chunks:
-            found = glue_of(model).inputs(trajectories.inputs([calls[i] for i in positions]))
+            found = self._glue().inputs(trajectories.inputs([calls[i] for i in positions]))
             if self.previous is None:
                 hidden.append(found.hidden_states.cpu())
             else:
@@ -203,16 +204,18 @@ class BlockObservers:
         return plan_sampling(calls, bins, tokens, samples, settings.seed, stride=settings.hessian_stride)
 
 
-def glue_of(model: Denoiser) -> Glue:
-    """The layers around the blocks of an expert, loaded once for all units of a process."""
-    return load_glue(model.weights.folder.absolute(), model.device, model.dtype)
-
-
 @lru_cache(maxsize=1)
-def load_glue(folder: Path, device: str, dtype: torch.dtype) -> Glue:
+def load_glue(manifest: str, expert: str, compute: Compute) -> Glue:
     """The layers around an expert's blocks, cached for the next shard, because loading them takes as long as several
-    calls."""
-    return Denoiser(folder, device, dtype).glue()
+    calls.
+
+    Args:
+        manifest: of the source model, as JSON. It has the digests of all weights and LoRAs, so the cache holds no
+            others.
+        expert: name of the expert.
+        compute: device and dtype.
+    """
+    return open_expert(ModelManifest.model_validate_json(manifest), expert, compute).glue()
 
 
 def hidden_states_file(positions: range) -> str:

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepquant.calibration.recorder import Samples, block_sample, output_sample
+from stepquant.calibration.recorder import Samples, block_places, output_places
 from stepquant.calibration.trajectories import Call, Trajectories
 from stepquant.errors import UserError
+from stepquant.models.denoiser import Denoiser
+
+AFTER = "the layers after the last block"
+SAMPLED = ("blocks", "output")
 
 
 def tolerance(dtype: torch.dtype, blocks: int) -> float:
@@ -34,10 +38,17 @@ def tolerance(dtype: torch.dtype, blocks: int) -> float:
     return step * math.sqrt(blocks)
 
 
-def departure(replayed: Tensor, recorded: Tensor) -> Tensor:
-    """||replayed - recorded|| / ||recorded||, a float32 scalar on the device of `replayed`."""
-    reference = recorded.to(replayed.device).float()
-    found: Tensor = (replayed.float() - reference).norm() / reference.norm()
+def departures(replayed: Tensor, recorded: Tensor) -> Tensor:
+    """||replayed - recorded|| / ||recorded|| of every call.
+
+    Args:
+        replayed: values [B, V] of B calls.
+        recorded: the values that the pipeline computed, on the same device.
+
+    Returns:
+        float32 [B].
+    """
+    found: Tensor = (replayed.float() - recorded.float()).norm(dim=1) / recorded.float().norm(dim=1)
     return found
 
 
@@ -47,49 +58,52 @@ class ReplayCheck:
     Args:
         expert: name of the expert.
         blocks: number of its blocks.
-        dtype: of the arithmetic.
+        model: dtype and device of the arithmetic.
         trajectories: the recorded calls.
-        calls: the calls.
+        batches: the calls of every batch of the replay.
+
+    Raises:
+        UserError: the calls were recorded with another number of blocks.
     """
 
-    def __init__(self, expert: str, blocks: int, dtype: torch.dtype, trajectories: Trajectories, calls: Sequence[Call]):
-        self.expert, self.blocks, self.dtype = expert, blocks, dtype
-        self.numbers = {call: trajectories.number(call) for call in calls}
-        samples = {call: trajectories.samples(call, blocks) for call in calls}
-        self.samples: dict[Call, Samples] = {call: found for call, found in samples.items() if found is not None}
-        self._departures: list[tuple[Call, Tensor]] = []
+    def __init__(
+        self, expert: str, blocks: int, model: Denoiser, trajectories: Trajectories, batches: Sequence[list[Call]]
+    ):
+        self.expert, self.blocks, self.dtype = expert, blocks, model.dtype
+        self._batches = [_Batch(calls, blocks, trajectories, model.device) for calls in batches]
+        self._departures: list[tuple[list[Call], Tensor]] = []
 
-    def add_block(self, block: int, calls: Sequence[Call], outputs: Tensor) -> None:
-        """Compare a block's outputs [B, T, D] of B calls; the result stays on the device until `refuse`."""
-        for call, output in zip(calls, outputs):
-            if call in self.samples:
-                found = block_sample(output, self.numbers[call], block)
-                self._add(call, found, self.samples[call].blocks[block], f"block {block}")
+    @property
+    def compares(self) -> bool:
+        """Whether there is something to compare with; not for made-up calls."""
+        return all(batch.samples is not None for batch in self._batches)
 
-    def add_output(self, calls: Sequence[Call], outputs: Tensor) -> None:
-        """Compare the denoiser's outputs [B, ...] of B calls."""
-        for call, output in zip(calls, outputs):
-            if call in self.samples:
-                found = output_sample(output, self.numbers[call])
-                self._add(call, found, self.samples[call].output, "the layers after the last block")
+    def add_block(self, block: int, n: int, outputs: Tensor) -> None:
+        """Compare a block's outputs [B, T, D] of batch n; the result stays on the device until `refuse_block`."""
+        if (samples := self._batches[n].samples) is not None:
+            self._add(n, self._batches[n].block_values(outputs), samples.blocks[:, block], f"block {block}")
 
-    def _add(self, call: Call, replayed: Tensor, recorded: Tensor, where: str) -> None:
+    def add_output(self, n: int, outputs: Tensor) -> None:
+        """Compare the denoiser's outputs [B, ...] of batch n."""
+        if (samples := self._batches[n].samples) is not None:
+            self._add(n, self._batches[n].output_values(outputs), samples.output, AFTER)
+
+    def _add(self, n: int, replayed: Tensor, recorded: Tensor, where: str) -> None:
         if replayed.shape != recorded.shape:
             raise UserError(
-                f"{self.expert}, {where}: {replayed.numel()} values replayed and {recorded.numel()} recorded (prompt "
-                f"{call.prompt}); run stage trajectories again"
+                f"{self.expert}, {where}: {replayed.shape[1]} values replayed and {recorded.shape[1]} recorded; run "
+                "stage trajectories again"
             )
-        self._departures.append((call, departure(replayed, recorded)))
+        self._departures.append((self._batches[n].calls, departures(replayed, recorded)))
 
     def largest(self) -> tuple[float, Call] | None:
         """The largest departure of all that was added since the last time, and its call; None if there is none."""
         if not self._departures:
             return None
-        values = torch.stack([value for _, value in self._departures]).nan_to_num(math.inf).tolist()
-        index = max(range(len(values)), key=values.__getitem__)
-        call = self._departures[index][0]
+        calls = [call for batch, _ in self._departures for call in batch]
+        values = torch.cat([found for _, found in self._departures]).nan_to_num(math.inf).tolist()
         self._departures.clear()
-        return values[index], call
+        return max(zip(values, calls), key=lambda found: found[0])
 
     def refuse_block(self, block: int) -> None:
         """Raises UserError if the block's outputs departed by more than rounding."""
@@ -97,7 +111,7 @@ class ReplayCheck:
 
     def refuse_output(self) -> None:
         """Raises UserError if the denoiser's outputs departed by more than rounding."""
-        self._refuse("the layers after the last block", self.blocks + 1)
+        self._refuse(AFTER, self.blocks + 1)
 
     def _refuse(self, where: str, depth: int) -> None:
         found, allowed = self.largest(), tolerance(self.dtype, depth)
@@ -110,3 +124,31 @@ class ReplayCheck:
             f"{str(self.dtype).removeprefix('torch.')} explains {allowed:.2g}. The pipeline gives this model something "
             "that is not recorded and replayed, or changed it while sampling; it cannot be calibrated"
         )
+
+
+class _Batch:
+    """What the pipeline computed in the calls of one batch, on the device of the replay."""
+
+    def __init__(self, calls: list[Call], blocks: int, trajectories: Trajectories, device: torch.device | str):
+        self.calls, self.numbers = calls, [trajectories.number(call) for call in calls]
+        found = [sample for call in calls if (sample := trajectories.samples(call, blocks)) is not None]
+        self.samples: Samples | None = None
+        if len(found) == len(calls):
+            values = (torch.stack([getattr(sample, name) for sample in found]).to(device) for name in SAMPLED)
+            self.samples = Samples(*values)
+        self._places: Tensor | None = None
+
+    def block_values(self, outputs: Tensor) -> Tensor:
+        """The values of a block's outputs [B, T, D] that were recorded, [B, values]."""
+        if self._places is None:  # the same for every block
+            self._places = _rows([block_places(number, *outputs.shape[1:]) for number in self.numbers], outputs)
+        return outputs.flatten(1).gather(1, self._places)
+
+    def output_values(self, outputs: Tensor) -> Tensor:
+        """The values of the denoiser's outputs [B, ...] that were recorded, [B, values]."""
+        values = outputs.flatten(1)
+        return values.gather(1, _rows([output_places(number, values.shape[1]) for number in self.numbers], outputs))
+
+
+def _rows(places: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(places).to(like.device)

@@ -112,12 +112,14 @@ def _check_shapes(calls: Sequence[RecordedCall], denoiser: DenoiserClass, where:
 
 
 def _check_finite(arrays: dict[str, list[Tensor]], where: str) -> None:
-    for name, values in arrays.items():
-        if not all(torch.isfinite(value).all() for value in values):
-            raise UserError(
-                f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; "
-                "check the model, or use another compute.dtype"
-            )
+    """Names what was not finite first: in later calls it has spread."""
+    for number in range(len(next(iter(arrays.values())))):
+        for name, values in arrays.items():
+            if not torch.isfinite(values[number]).all():
+                raise UserError(
+                    f"{where}: the pipeline gave its denoiser {name} with NaN or Inf; "
+                    "check the model, or use another compute.dtype"
+                )
 
 
 def _distinct(values: list[Tensor], branches: int) -> tuple[str, list[int]]:

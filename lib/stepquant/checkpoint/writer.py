@@ -6,7 +6,7 @@ writes several keys in random order. A folder gets its name only after all of it
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from stepquant.storage.json_files import read_config
 STEM = "diffusion_pytorch_model"
 
 Blocks = Iterable[tuple[int, dict[str, PackedLinear]]]
+Expert = tuple[QuantizationSettings, Blocks] | tuple[QuantizationSettings, Blocks, Weights]
 
 
 def write_checkpoint(
     source: Path,
     out: Path,
-    experts: dict[str, tuple[QuantizationSettings, Blocks]],
+    experts: Mapping[str, Expert],
     *,
     dtype: torch.dtype,
     flow_shift: float,
@@ -46,7 +47,8 @@ def write_checkpoint(
     Args:
         source: pipeline folder with a model_index.json.
         out: the folder to write; it must not exist.
-        experts: settings and blocks, as in `write_expert`, by subfolder, such as `transformer_2`.
+        experts: settings, blocks and, if not the source's own, weights, as in `write_expert`, by subfolder, such as
+            `transformer_2`.
         dtype: as in `write_expert`.
         flow_shift: the timestep shift.
 
@@ -77,7 +79,13 @@ def write_checkpoint(
 
 
 def write_expert(
-    source: Path, out: Path, settings: QuantizationSettings, blocks: Blocks, *, dtype: torch.dtype
+    source: Path,
+    out: Path,
+    settings: QuantizationSettings,
+    blocks: Blocks,
+    weights: Weights | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """Write the folder of one quantized denoiser.
 
@@ -87,6 +95,8 @@ def write_expert(
         settings: what config.json will say.
         blocks: pairs of block index and packed linears by module path, consumed one at a time. Together they have every
             target of the settings once.
+        weights: whose tensors that are not quantized are written, such as weights with LoRAs; None for those of the
+            source.
         dtype: dtype of the arithmetic with which the expert was calibrated; no other tensor is stored in a wider one
             than the expert computes with (`stored_dtype`).
 
@@ -98,7 +108,7 @@ def write_expert(
     config = read_config(source / "config.json")
     if "quantization_config" in config:
         raise InvalidInput(f"{source}: is already quantized; expected an unquantized model")
-    weights = open_weights(source)
+    weights = open_weights(source) if weights is None else weights
     for target in settings.targets:
         weights.info(f"{target}.weight")
     denoiser = find_denoiser(config.get("_class_name"))

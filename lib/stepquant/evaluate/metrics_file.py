@@ -211,19 +211,33 @@ def read_records(folder: Path, variants: Sequence[str] | None = None) -> list[Re
         The records in the order of the variants, others last.
 
     Raises:
-        UserError: There is no file, or one of the wanted ones is missing or damaged.
+        UserError: There is no file, one of the wanted ones is missing or damaged, or they are not of one model and of
+            the same prompts, as after a run that made only some variants.
     """
     if variants:
         if unknown := [name for name in variants if name not in ORDER]:
             raise UserError(f"--variant {unknown[0]}; allowed: {', '.join(ORDER)}")
-        return [read_record(folder / f"{name}.json") for name in ORDER if name in variants]
+        return _comparable(folder, [read_record(folder / f"{name}.json") for name in ORDER if name in variants])
     paths = sorted(
         folder.glob("*.json"),
         key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),
     )
     if not paths:
         raise UserError(f"{folder}: no metrics; `dvc repro` writes them")
-    return [read_record(path) for path in paths]
+    return _comparable(folder, [read_record(path) for path in paths])
+
+
+def _comparable(folder: Path, records: list[Record]) -> list[Record]:
+    """The records, if they are of one model and of the same prompts. Raises UserError if they are not."""
+    first = records[0]
+    for record in records[1:]:
+        own, other = ((r.memory.bf16_bytes, r.videos.per_video.keys()) for r in (record, first))
+        if own != other:
+            raise UserError(
+                f"{folder / record.variant}.json: is of another model or other prompts than that of {first.variant}; "
+                f"run `dvc repro evaluate@{record.variant}`, or name the variants to show with --variant"
+            )
+    return records
 
 
 def _column(videos: Mapping[str, VideoMetrics], name: str) -> dict[str, float]:

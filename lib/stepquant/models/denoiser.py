@@ -24,13 +24,14 @@ class Denoiser:
         folder: the expert's diffusers folder (config.json and safetensors files).
         device: where modules and tensors are put.
         dtype: dtype of the arithmetic; some layers stay float32, as in diffusers.
+        weights: read in place of those in the folder, such as weights with LoRAs; None for those in the folder.
 
     Raises:
         UserError: the weights are missing, damaged or pickled, or the class of the denoiser is not known.
     """
 
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype):
-        self.weights: Weights = open_weights(folder)
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype, weights: Weights | None = None):
+        self.weights = open_weights(folder) if weights is None else weights
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.device, self.dtype = device, dtype
         self.description = find_denoiser(self.config.get("_class_name"))

@@ -51,6 +51,22 @@ class DenoiserInputs(_Part):
     text_dim: int
 
 
+class LoraManifest(_Part):
+    """A LoRA that is fused into an expert.
+
+    Attributes:
+        file: safetensors file, as in the params.
+        weight: factor of what it adds.
+        digest: SHA-256 (hex) of the file.
+        config_digest: the same of PEFT's adapter_config.json beside it; None without one.
+    """
+
+    file: str
+    weight: float
+    digest: str
+    config_digest: str | None
+
+
 class ExpertManifest(_Part):
     """One denoiser.
 
@@ -61,6 +77,7 @@ class ExpertManifest(_Part):
         sites: sites of a block by name, in the order in which every stage goes through them.
         inputs: sizes of its inputs.
         bf16_bytes: size of all its weights in BF16.
+        loras: what is added to its weights, in this order.
     """
 
     subfolder: str
@@ -69,6 +86,7 @@ class ExpertManifest(_Part):
     sites: dict[str, SiteManifest]
     inputs: DenoiserInputs
     bf16_bytes: int
+    loras: tuple[LoraManifest, ...] = ()
 
     @property
     def ordered_sites(self) -> tuple[Site, ...]:
@@ -116,9 +134,20 @@ class ModelManifest(_Part):
         return self.experts[name]
 
     def expert_digest(self, name: str) -> str:
-        """SHA-256 (hex) over the digests of one expert's files. Raises UserError if the model has no such expert."""
-        prefix = self.expert(name).subfolder + "/"
-        return content_key(files={path: digest for path, digest in self.files.items() if path.startswith(prefix)})
+        """SHA-256 (hex) of one expert: of its files' digests and its LoRAs. Raises UserError if there is none."""
+        described = self.expert(name)
+        prefix = described.subfolder + "/"
+        files = {path: digest for path, digest in self.files.items() if path.startswith(prefix)}
+        return content_key(files=files, loras=_contents(described.loras))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole model: of all files' digests and all LoRAs."""
+        return content_key(files=self.files, loras={name: _contents(e.loras) for name, e in self.experts.items()})
+
+
+def _contents(loras: tuple[LoraManifest, ...]) -> list[Any]:
+    """What decides the values of LoRAs: not where they lie."""
+    return [[lora.digest, lora.config_digest, lora.weight] for lora in loras]
 
 
 def write_manifest(path: Path, manifest: ModelManifest) -> None:

@@ -6,8 +6,8 @@
     disk    as group, but the experts' weights are mapped from files, so that host memory holds a block or two
 
 `disk` needs weights that are stored in the compute dtype, because only those can be mapped as they are. Weights of
-another dtype, such as the float32 of the published models, are converted into a temporary folder first, one block at a
-time. The same bytes reach the device in every mode, so the mode changes no result.
+another dtype, such as the float32 of the published models, and weights with LoRAs are converted into a temporary
+folder first, one block at a time. The same bytes reach the device in every mode, so the mode changes no result.
 """
 
 import json
@@ -77,7 +77,7 @@ def load_mapped(denoiser: DenoiserClass, folder: Path, weights: Weights, dtype: 
     Returns:
         The expert, as `from_pretrained(folder, dtype=dtype)` of its class gives it.
     """
-    if any(weights.dtype(key) != dtype for key in weights if not denoiser.keeps_float32(key)):
+    if weights.changed or any(weights.dtype(key) != dtype for key in weights if not denoiser.keeps_float32(key)):
         _convert(denoiser, weights, dtype, scratch)
         shutil.copyfile(folder / "config.json", scratch / "config.json")
         folder = scratch

@@ -27,6 +27,13 @@ _ID = re.compile(r"[A-Za-z0-9_]+")
 _TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "seed": int}
 _IMAGES = ("image", "last_image")
 
+# What to put where a manifest is missing.
+WANTED = (
+    "put prompts of your own there, one JSON object per line with id, split, prompt, negative_prompt, seed, and the "
+    "pictures that the model takes: none (text to video), image, or image and last_image "
+    "(docs/quantize-your-model.md)"
+)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -49,7 +56,7 @@ class Prompt:
     seed: int
 
     def load_image(self, column: str = "image") -> Image.Image:
-        """One image as RGB, upright and opaque (models/pictures.py); the first frame if no other column is named."""
+        """One image as an RGB image, upright and opaque (models/pictures.py); the first frame if no column is named."""
         return read_picture(self.images[column])
 
     def load_images(self) -> dict[str, Image.Image]:
@@ -79,7 +86,7 @@ def read_manifest(path: Path) -> list[Prompt]:
         # Not splitlines, which also splits at separators that JSON strings can contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such manifest; expected a JSONL file of prompts") from None
+        raise UserError(f"{path}: no such manifest; {WANTED}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected a JSONL file of prompts"
@@ -166,7 +173,9 @@ def _rows(path: Path, lines: list[str]) -> Iterator[Prompt]:
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_each_key_once)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -182,6 +191,14 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not 0 <= row["seed"] < 2**63:
         raise UserError(f"{where}: seed {row['seed']}; allowed: 0 to 2^63 - 1")
     return row
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would keep the last of two equal keys."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InvalidInput(f"'{twice[0]}' is there twice; keep one of the two")
+    return dict(pairs)
 
 
 def _image(root: Path, relative: str, where: str) -> Path:

@@ -18,7 +18,7 @@ from stepquant.params import Compute, Sampling
 
 
 def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Sampling, scratch: Path) -> Any:
-    """The unquantized pipeline of a manifest, ready to sample.
+    """The unquantized pipeline of a manifest with its LoRAs, ready to sample.
 
     Args:
         manifest: of the source model.
@@ -29,8 +29,8 @@ def source_pipeline(manifest: ModelManifest, compute: Compute, sampling: Samplin
     Raises:
         UserError: as `load_source_pipeline`.
     """
-    folder = resolve_source(manifest.source, manifest.revision)
-    return ready_to_sample(lambda: load_source_pipeline(folder, compute, scratch), sampling)
+    folder, experts = resolve_source(manifest.source, manifest.revision), list(manifest.experts.values())
+    return ready_to_sample(lambda: load_source_pipeline(folder, experts, compute, scratch), sampling)
 
 
 def ready_to_sample(load: Callable[[], Any], sampling: Sampling) -> Any:
@@ -73,7 +73,7 @@ def sample(
         sampling: size, steps and guidance scales.
         prompt: what the video should show.
         negative_prompt: what it should not show.
-        images: of any size, by their names in the pipeline's call; none for text-to-video. Their middle is used
+        images: of any size, by their names in the pipeline's call; none for text-to-video. The middle of each is used
             (`fit_picture`).
         seed: of the initial noise, which is drawn on the CPU so that it does not depend on the device.
         output_type: as in diffusers.

@@ -1,22 +1,23 @@
 """The source model: its folder, a description of its components, and the BF16 pipeline."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepquant.errors import DamagedFile, InvalidInput, MissingFile
+from stepquant.errors import InvalidInput, MissingFile
+from stepquant.models.checks import check_source
+from stepquant.models.configs import located, read_config
 from stepquant.models.families import find_denoiser, find_family
 from stepquant.models.families.description import ExpertRange
 from stepquant.models.hub import commit_of, is_hub_id, snapshot
+from stepquant.models.loras import fuse_into_pipeline, open_expert_weights, record_loras
 from stepquant.models.manifest import Compression, DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
 from stepquant.models.offload import load_mapped, place_pipeline
 from stepquant.models.weights import open_weights
-from stepquant.params import Compute, Sampling
+from stepquant.params import Compute, Lora
 from stepquant.storage.digests import file_digest, file_digests
 from stepquant.torch_setup import torch_dtype
 
@@ -47,15 +48,16 @@ def resolve_source(source: str, revision: str | None) -> Path:
     return snapshot(source, revision)
 
 
-def describe_source(folder: Path, source: str, revision: str | None) -> ModelManifest:
-    """The manifest of a source model: `describe_experts`, and the SHA-256 of every file of its components.
+def describe_source(folder: Path, source: str, revision: str | None, loras: Sequence[Lora] = ()) -> ModelManifest:
+    """The manifest of a source model: `describe_experts`, its LoRAs, and the SHA-256 of every file of its components.
 
-    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts`.
+    For a hub model it records the commit. Loads no weights. Arguments and errors are those of `describe_experts` and
+    `record_loras`.
     """
-    described = describe_experts(folder, source, commit_of(folder, revision))
-    index = _read_json(folder / "model_index.json")
+    described = record_loras(describe_experts(folder, source, commit_of(folder, revision)), folder, loras)
+    index = read_config(folder / "model_index.json")
     files = {"model_index.json": file_digest(folder / "model_index.json")}
-    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and any(value)):
         files |= {f"{name}/{path}": digest for path, digest in file_digests(folder / name).items()}
     return described.model_copy(update={"files": files})
 
@@ -77,14 +79,14 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
         UnsupportedCheckpoint: if a component has pickled weights only.
         InvalidInput: if the pipeline or a denoiser is of another class, or configured as the class cannot run it.
     """
-    index = _read_json(folder / "model_index.json", "_class_name")
-    with _located(folder):
+    index = read_config(folder / "model_index.json", "_class_name")
+    with located(folder):
         family = find_family(index["_class_name"])
         ranges = family.experts(index)
     _check_components(folder)
-    steps = _read_json(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
+    steps = read_config(folder / "scheduler" / "scheduler_config.json", "num_train_timesteps")["num_train_timesteps"]
     configs = [_denoiser_config(folder / found.subfolder) for found in ranges]
-    with _located(folder):
+    with located(folder):
         family.check(index, configs)
     return ModelManifest(
         source=source,
@@ -97,19 +99,10 @@ def describe_experts(folder: Path, source: str, revision: str | None) -> ModelMa
     )
 
 
-@contextmanager
-def _located(folder: Path) -> Iterator[None]:
-    """Puts the folder in front of a family's refusal, which begins with the name of a file in it."""
-    try:
-        yield
-    except InvalidInput as error:
-        raise InvalidInput(f"{folder}/{error}") from None
-
-
 def _denoiser_config(folder: Path) -> dict[str, Any]:
     """An expert's config.json. Raises InvalidInput if it is not that of a denoiser class that is known."""
-    config = _read_json(folder / "config.json", *INPUT_KEYS)
-    with _located(folder):
+    config = read_config(folder / "config.json", *INPUT_KEYS)
+    with located(folder):
         count_key = find_denoiser(config.get("_class_name")).stack.count_key
     if count_key not in config:
         raise InvalidInput(f"{folder / 'config.json'}: no '{count_key}' in it; expected that of a diffusers pipeline")
@@ -118,14 +111,14 @@ def _denoiser_config(folder: Path) -> dict[str, Any]:
 
 def _compression(file: Path) -> Compression:
     """The compression factors of the VAE; those of the Wan VAE if the config has none."""
-    config = _read_json(file) if file.is_file() else {}
+    config = read_config(file) if file.is_file() else {}
     return Compression.model_validate({key: config.get(key, factor) for key, factor in COMPRESSION.items()})
 
 
 def _check_components(folder: Path) -> None:
     """Refuse a pipeline with a missing or broken component, because the errors of diffusers are cryptic."""
-    for name, value in _read_json(folder / "model_index.json", "_class_name").items():
-        if not isinstance(value, list) or not value[0]:
+    for name, value in read_config(folder / "model_index.json", "_class_name").items():
+        if not isinstance(value, list) or not any(value):
             continue
         if not (folder / name).is_dir():
             raise MissingFile(
@@ -134,20 +127,6 @@ def _check_components(folder: Path) -> None:
         # Only models have a config.json. Schedulers, tokenizers and image processors have configs with other names.
         if (folder / name / "config.json").is_file():
             open_weights(folder / name)
-
-
-def _read_json(file: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON file of the source that must have the given keys."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFile(f"{file}: no such file; expected that of a diffusers pipeline") from None
-    except ValueError as error:
-        raise DamagedFile(f"{file}: not JSON ({error})") from None
-    for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise InvalidInput(f"{file}: no '{key}' in it; expected that of a diffusers pipeline")
-    return content
 
 
 def _describe_expert(folder: Path, found: ExpertRange, config: dict[str, Any], steps: int) -> ExpertManifest:
@@ -177,38 +156,30 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def check_sampling(manifest: ModelManifest, sampling: Sampling) -> None:
-    """Refuse sampling parameters that the model cannot follow, by the configs of its experts.
-
-    Raises:
-        InvalidInput: names the parameter.
-    """
-    folder = resolve_source(manifest.source, manifest.revision)
-    family = find_family(manifest.pipeline)
-    for described in manifest.experts.values():
-        family.check_sampling(sampling, _denoiser_config(folder / described.subfolder))
-
-
-def load_source_pipeline(folder: Path, compute: Compute, scratch: Path) -> Any:
-    """Load the unquantized pipeline, and put it where `compute.offload` says.
+def load_source_pipeline(folder: Path, experts: Sequence[ExpertManifest], compute: Compute, scratch: Path) -> Any:
+    """Load the unquantized pipeline with its LoRAs, and put it where `compute.offload` says.
 
     Args:
         folder: the local folder of the model.
+        experts: its experts.
         compute: device, dtype and offload. The VAE is float32 in any case: 16 bits are visible in a video.
         scratch: an empty folder, as in `load_mapped`. It may be deleted afterwards.
 
     Raises:
-        UserError: as `describe_experts`, because the folder may have changed since it was described.
+        UserError: as `check_source` and `open_expert_weights`, because files may have changed since the model was
+            described.
     """
-    _check_components(folder)
-    family = find_family(_read_json(folder / "model_index.json", "_class_name")["_class_name"])
-    dtype, experts = torch_dtype(compute.dtype), {}
+    check_source(folder)
+    family = find_family(read_config(folder / "model_index.json", "_class_name")["_class_name"])
+    dtype, mapped = torch_dtype(compute.dtype), {}
     if compute.offload == "disk":
-        for expert in family.experts(_read_json(folder / "model_index.json")):
-            place = folder / expert.subfolder
-            copy = scratch / expert.subfolder
+        for described in experts:
+            place, copy = folder / described.subfolder, scratch / described.subfolder
             copy.mkdir()
-            experts[expert.subfolder] = load_mapped(family.denoiser, place, open_weights(place), dtype, copy)
+            weights = open_expert_weights(folder, described)
+            mapped[described.subfolder] = load_mapped(family.denoiser, place, weights, dtype, copy)
     dtypes = {"default": dtype, "vae": torch.float32}
-    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **experts)
+    pipe = family.load().from_pretrained(folder, dtype=dtypes, local_files_only=True, **mapped)
+    if not mapped:
+        fuse_into_pipeline(pipe, folder, experts)
     return place_pipeline(pipe, compute.device, compute.offload)

@@ -63,6 +63,11 @@ class Weights:
         self.folder = folder
         self._infos = dict(sorted(infos.items()))
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Keys of tensors that are not read as they are stored; FusedWeights has some."""
+        return ()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
 

@@ -23,9 +23,11 @@ from stepquant.plan.table import (
     only_lines,
     plan_table,
     prompt_line,
+    prompt_warnings,
     warnings,
 )
 from stepquant.plan.workload import Workload
+from stepquant.preflight import is_here, look_at_model, look_at_prompts
 
 RECORDED = Path("artifacts/model/manifest.json")
 
@@ -75,13 +77,19 @@ def machines(names: list[str], compute: Any) -> list[Machine]:
 
 
 def _print(params: Path, names: list[str]) -> None:
+    if is_here(params):
+        look_at_model(params)
     run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
     if run.model.download:  # the model is not here to be looked at
         check_known(run.manifest, run.model.scheduler, run.parameter("sampling"), run.parameter("bins").by_expert)
     for line in (*model_lines(run), prompt_line(run)):
         console.print(line)
-    for line in calibration_warnings(run):
+    for line in (*prompt_warnings(run), *calibration_warnings(run)):
         console.print(f"warning: {line}")
+    try:  # a plan is of use before there are prompts
+        look_at_prompts(params)
+    except UserError as error:
+        console.print(f"warning: {error}")
     for machine in machines(names, run.parameter("compute")):
         console.print()
         console.print(plan_table(run, machine))

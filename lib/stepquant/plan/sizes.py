@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepquant.calibration import recorder
 from stepquant.formats import get_format
 from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, rows_kept
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
@@ -52,17 +53,36 @@ def artifact_sizes(run: Workload) -> dict[str, Size]:
     return sizes | {"checkpoints/full": checkpoint(run)}
 
 
-def trajectories(run: Workload) -> Size:
-    """Per prompt: latents of every step, condition and text embeddings (calibration/trajectories.py)."""
-    inputs, (frames, height, width), sampling = run.inputs, run.latents, run.parameter("sampling")
+def trajectories(run: Workload, sampled: bool = True) -> Size:
+    """Per prompt: the arguments of every call without repetitions (calibration/trajectory_files.py).
+
+    Args:
+        run: The workload.
+        sampled: Whether the samples are there with which a replay is compared. Made-up calls have none.
+    """
+    inputs, text = run.inputs, run.parameter("sampling").max_sequence_length * run.inputs.text_dim
     branches, steps = run.experts[0].branches, sum(sum(expert.steps) for expert in run.experts)
-    condition = inputs.in_channels - inputs.out_channels
-    values = (steps * inputs.out_channels + condition) * frames * height * width
-    values += branches * sampling.max_sequence_length * inputs.text_dim + run.model.image_tokens * run.model.image_dim
+    condition, image = inputs.in_channels - inputs.out_channels, run.model.image_tokens * run.model.image_dim
+    latents = prod(run.latents)
+    values = (steps * inputs.out_channels + condition) * latents + branches * text + image
+    arrays, files = (
+        4,
+        steps + branches + 2 + 4 + 2,
+    )  # files: latents by step, text by branch, t twice, zarr.json of each
+    arrays, files = arrays + bool(condition) + bool(image), files + 2 * bool(condition) + 2 * bool(image) - 1
+    if sampled:
+        values += sum(sum(e.steps) * e.branches * _samples(run, e, inputs.out_channels * latents) for e in run.experts)
+        arrays, files = arrays + 2 * len(run.experts), files + 4 * len(run.experts)
+    times = steps * (4 * branches + (4 * run.tokens if run.model.token_timesteps else 8))
+    metadata = arrays * ARRAY_METADATA + GROUP_METADATA + 24 * steps * branches  # the names of the calls' experts
     prompts = run.recorded_prompts
-    names = 24 * steps  # the attributes name the expert of each step
-    each = values * run.itemsize + 4 * steps + 4 * ARRAY_METADATA + GROUP_METADATA + names
-    return Size(prompts * (each + DIGEST) + GROUP_METADATA, prompts * (steps + condition + branches + 6) + 1)
+    return Size(prompts * (values * run.itemsize + times + metadata + DIGEST) + GROUP_METADATA, prompts * files + 1)
+
+
+def _samples(run: Workload, expert: ExpertRun, output: int) -> int:
+    """Values of one call that are kept to compare a replay with: of every block's output, and of the denoiser's."""
+    block = min(recorder.TOKENS, run.tokens) * min(recorder.CHANNELS, expert.width)
+    return expert.blocks * block + min(recorder.VALUES, output)
 
 
 def activations(run: Workload, expert: ExpertRun) -> Size:

@@ -1,6 +1,7 @@
 """A plan as text: a table per machine, warnings with the parameter that helps, and the assumptions."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.table import Table
 
@@ -111,6 +112,19 @@ def calibration_warnings(run: Workload) -> Iterator[str]:
             if tokens < FEW_TOKENS * site.K:
                 found = f"{tokens / site.K:.1f} calibration tokens per column, fewer than {FEW_TOKENS}"
                 yield f"{expert.name} {site.name}: {found}; raise trajectories.calibration_prompts"
+
+
+def prompt_warnings(run: Workload) -> Iterator[str]:
+    """Manifests of prompts that are not there, and what to put there."""
+    images = run.manifest.images
+    pictures = " and ".join([*images.required, *(f"optionally {name}" for name in images.optional)])
+    for section in ("trajectories", "generate"):
+        path = run.parameter(section).manifest
+        if not Path(path).is_file():
+            columns = (
+                f"id, split, prompt, negative_prompt, seed{f' and {pictures}' if pictures else ', without pictures'}"
+            )
+            yield f"{section}.manifest: {path} is not there; write your own prompts with {columns}"
 
 
 def model_lines(run: Workload) -> Iterator[str]:

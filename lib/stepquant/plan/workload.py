@@ -218,7 +218,7 @@ def _count(wanted: int | None, manifest: Path, split: str) -> int:
         return wanted
     if not manifest.is_file():
         return ASSUMED_PROMPTS[split]
-    rows = (json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line.strip())
+    rows = (json.loads(line) for line in manifest.read_text(encoding="utf-8-sig").split("\n") if line.strip())
     return sum(row.get("split") == split for row in rows)
 
 

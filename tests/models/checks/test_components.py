@@ -49,6 +49,7 @@ def test_a_folder_that_is_a_link(source, tmp_path, name):
         ("text_encoder", ["transformers", "T5EncoderModel"], "text_encoder is a T5EncoderModel; allowed: UMT5Encoder"),
         ("transformer", ["diffusers", "WanVACETransformer3DModel"], "transformer is a WanVACETransformer3DModel; "),
         ("transformer", ["my_code", "MyTransformer"], "transformer is a MyTransformer; allowed: WanTransformer3DModel"),
+        ("tokenizer", ["transformers", "NoSuchTokenizer"], "transformers has no class NoSuchTokenizer"),
         ("vae", ["my_code", "AutoencoderKLWan"], "vae is of my_code; allowed: diffusers, transformers"),
         ("vae", "AutoencoderKLWan", "vae is 'AutoencoderKLWan'; expected [library, class], or [null, null]"),
         ("safety_checker", ["diffusers", "SafetyChecker"], "names the component safety_checker, which Wan"),
@@ -56,7 +57,7 @@ def test_a_folder_that_is_a_link(source, tmp_path, name):
 )
 def test_a_component_of_another_class(source, name, value, message):
     source.configure("model_index.json", **{name: value})
-    assert source.refusal().startswith(f"{source / 'model_index.json'}: ") and message in source.refusal()
+    assert source.refusal().startswith(f"{source.folder}/") and message in source.refusal()
 
 
 def test_a_config_of_another_class_than_the_index_says(source):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from stepquant.errors import UserError
 from stepquant.models.checks import check_known, check_pictures, check_run
+from stepquant.models.prompts import Prompt
 from stepquant.models.source import describe_experts
 from stepquant.params import Sampling
 from stepquant.profiles import read_profiles
@@ -157,13 +159,20 @@ def test_a_model_that_is_not_here_is_checked_as_far_as_it_is_known(model):
     check_known(model, UNIPC, SAMPLING, BINS)
 
 
-def test_the_pictures_of_the_demo_are_too_small_for_the_real_model():
+def test_the_pictures_of_the_demo_are_too_small_for_the_real_model(tmp_path):
+    picture = tmp_path / "large.png"
+    Image.new("RGB", (832, 480)).save(picture)
     demo = Path(__file__).resolve().parents[3] / "data/calibration/images/calibration_00.png"
     real = Sampling(**yaml.safe_load(read_profiles()["wan2.2-i2v-a14b"])["sampling"])
+    prompts = [Prompt("calibration_00", "calibration", "a crab", "", {"image": demo}, 0)]
     with pytest.raises(UserError) as caught:
-        check_pictures([("calibration_00", demo)], real, "trajectories.manifest")
+        check_pictures(prompts, real, "trajectories.manifest")
     assert str(caught.value) == (
         "trajectories.manifest: the picture of prompt calibration_00 has 64 x 64 pixels, for videos of 832 x 480; its "
         "part of their shape must have at least 25% of their pixels; give prompts of your own in trajectories.manifest"
     )
-    check_pictures([("calibration_00", demo)], real.model_copy(update={"height": 64, "width": 64}), "key")
+    check_pictures(prompts, real.model_copy(update={"height": 64, "width": 64}), "key")
+    check_pictures([Prompt("text", "calibration", "a crab", "", {}, 0)], real, "key")  # text-to-video
+    last = {"image": picture, "last_image": demo}
+    with pytest.raises(UserError, match="prompt both has 64 x 64"):
+        check_pictures([Prompt("both", "calibration", "a crab", "", last, 0)], real, "key")

@@ -23,6 +23,8 @@ from stepquant.models.checks.tensors import check_tensors
 from stepquant.models.configs import located, read_config
 from stepquant.models.families import find_family
 from stepquant.models.manifest import ModelManifest
+from stepquant.models.pictures import SMALLEST_AREA, read_picture, too_small
+from stepquant.models.prompts import Prompt
 from stepquant.params import Sampling
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -88,24 +90,23 @@ def check_known(manifest: ModelManifest, scheduler: Mapping[str, Any], sampling:
     check_reached(t, experts, bins, sampling)
 
 
-def check_pictures(pictures: Iterable[tuple[str, Path]], sampling: Sampling, key: str) -> None:
+def check_pictures(prompts: Iterable[Prompt], sampling: Sampling, key: str) -> None:
     """Refuse pictures far smaller than the video, such as those of the demo with another model.
 
     Args:
-        pictures: id of the prompt and its picture.
+        prompts: those that are sampled.
         sampling: the params section.
         key: the parameter that names the manifest.
 
     Raises:
         InvalidInput: names the prompt and the sizes.
     """
-    from stepquant.models.pictures import SMALLEST_AREA, read_picture, too_small
-
-    for prompt, path in pictures:
+    pictures = [(prompt.id, path) for prompt in prompts for path in prompt.images.values()]
+    for name, path in pictures:
         size = read_picture(path).size
         if too_small(size, sampling.height, sampling.width):
             raise InvalidInput(
-                f"{key}: the picture of prompt {prompt} has {size[0]} x {size[1]} pixels, for videos of "
+                f"{key}: the picture of prompt {name} has {size[0]} x {size[1]} pixels, for videos of "
                 f"{sampling.width} x {sampling.height}; its part of their shape must have at least "
                 f"{SMALLEST_AREA:.0%} of their pixels; give prompts of your own in {key}"
             )

@@ -85,6 +85,8 @@ def check_components(folder: Path) -> dict[str, Component]:
                 raise MissingFile(f"{file}: {name} is null or missing; {pipeline.__name__} needs it")
             continue
         _check_class(component, hints[name])
+        with quiet():
+            component.load()
         _check_folder(component)
         found[name] = component
     return found
@@ -131,10 +133,9 @@ def _check_folder(component: Component) -> None:
             raise InvalidInput(
                 f"{folder / 'config.json'}: _class_name {own!r}, but model_index.json says {component.class_name}"
             )
-        for stem in STEMS:
-            single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-            if single.is_file() and index.is_file():
-                raise InvalidInput(f"{folder}: has {single.name} and {index.name}; remove the one that is not meant")
+        names = [f"{stem}.safetensors{suffix}" for stem in STEMS for suffix in ("", ".index.json")]
+        if len(present := [name for name in names if (folder / name).is_file()]) > 1:
+            raise InvalidInput(f"{folder}: has {' and '.join(present)}; remove the one that is not meant")
     if component.name == "tokenizer" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise MissingFile(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
 

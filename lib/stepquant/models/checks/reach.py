@@ -9,18 +9,18 @@ from stepquant.params import Sampling
 Specs = Mapping[str, int | Sequence[float]]
 
 
-def check_experts(names: Sequence[str], section: str, experts: Sequence[str]) -> None:
+def check_experts(names: Sequence[str] | None, section: str, experts: Sequence[str]) -> None:
     """Refuse a params section whose keys are not the experts of the model.
 
     Args:
-        names: keys of the section.
+        names: keys of the section; None where a stage is not given it.
         section: `bins` or `experts`.
         experts: of the model.
 
     Raises:
         InvalidInput: names what there is and what there should be.
     """
-    if set(names) != set(experts):
+    if names is not None and set(names) != set(experts):
         kind = f"the single expert {experts[0]}" if len(experts) == 1 else f"the experts {' and '.join(experts)}"
         raise InvalidInput(
             f"{section}: has {', '.join(sorted(names)) or 'no keys'}; this model has {kind}: "
