@@ -25,7 +25,9 @@ SPLITS = ("calibration", "heldout", "validation")
 
 
 def compute(dtype="float32"):
-    return Compute(device="cpu", dtype=dtype, threads=1, executor="local", workers=1, address=None, gpus_per_unit=0)
+    return Compute(
+        device="cpu", dtype=dtype, threads=1, offload="none", executor="local", workers=1, address=None, gpus_per_unit=0
+    )
 
 
 @pytest.fixture(scope="module")
