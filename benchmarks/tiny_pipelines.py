@@ -67,6 +67,8 @@ def save_pipeline(folder: Path, described: TinyPipeline, blocks: int = 2) -> Pat
     index |= {"expand_timesteps": described.expand_timesteps}
     for part in ("text_encoder", "tokenizer", "vae", "scheduler"):
         shutil.copytree(DEMO / part, folder / part)
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"model_max_length": 512}))
     subfolders = ["transformer"] + ["transformer_2"] * (described.boundary_ratio is not None)
     for seed, subfolder in enumerate(subfolders):
         random_denoiser(described, blocks, seed).save_pretrained(folder / subfolder)

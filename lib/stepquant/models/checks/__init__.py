@@ -1,11 +1,11 @@
 """What configs, headers and parameters can tell before anything is sampled. Loads no weights; takes seconds.
 
-| list            | known                        | asked by                                          |
-|-----------------|------------------------------|---------------------------------------------------|
-| `check_source`  | once the folder is there     | check, doctor, plan, stages model and trajectories |
-| `check_run`     | with `sampling` and `bins`   | check, doctor, plan, stages model and trajectories |
-| `check_known`   | the part of it without files | plan, for a model that is not here                 |
-| `check_pictures`| with the prompts             | check, doctor, stages trajectories and generate    |
+| list             | known                        | asked by                                           |
+|------------------|------------------------------|----------------------------------------------------|
+| `check_source`   | once the folder is there     | check, doctor, plan, stage model, and when loading |
+| `check_run`      | with `sampling` and `bins`   | check, doctor, plan, stages model and trajectories |
+| `check_known`    | the part of it without files | plan, for a model that is not here                 |
+| `check_pictures` | with the prompts             | check, doctor, plan, trajectories and generate     |
 
 Each raises a UserError for the first thing that is wrong.
 """

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from stepquant.errors import InvalidInput
 from stepquant.models.bins import Bins, expert_bins
+from stepquant.models.checks.scheduler import listed
 from stepquant.params import Sampling
 
 Specs = Mapping[str, int | Sequence[float]]
@@ -55,7 +56,7 @@ def check_reached(
         InvalidInput: names the expert or the bin, the timesteps, and edges that would do.
     """
     highest = max(high for _, high in experts.values())
-    how = f"with {sampling.steps} steps and flow_shift {sampling.flow_shift:g} t = {_listed(t)}"
+    how = f"with {sampling.steps} steps and flow_shift {sampling.flow_shift:g} t = {listed(t)}"
     if lost := [value for value in t if not 0 <= value <= highest]:
         raise InvalidInput(f"scheduler: t = {lost[0]:g} is outside 0 to {highest:g}")
     for name, t_range in experts.items():
@@ -86,9 +87,3 @@ def _reached_edges(bins: Bins, reached: set[int]) -> list[float]:
     """Edges without the empty bins: each joins the bin above it, the first ones the bin below them."""
     kept = sorted(reached)
     return [bins.edges[0], *(bins.edges[b] for b in kept[1:]), bins.edges[-1]]
-
-
-def _listed(t: Sequence[float]) -> str:
-    """The timesteps, with the middle left out if they are many."""
-    shown = [f"{value:g}" for value in t]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-3:]])

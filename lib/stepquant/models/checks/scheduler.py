@@ -8,7 +8,7 @@ own, clips its latents, or starts at another step leaves this line.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def check_scheduler(config: Mapping[str, Any], steps: int, shift: float) -> None
             "such as UniPCMultistepScheduler"
         )
     if any(a < b for a, b in zip(t, t[1:])):
-        raise InvalidInput(f"scheduler: the timesteps of {name} rise: {_listed(t)}; they must fall")
+        raise InvalidInput(f"scheduler: the timesteps of {name} rise: {listed(t)}; they must fall")
     # One step begins at the largest t whatever the shift is, so more of them are compared.
     few, other = max(steps, 4), shift * 2
     if sampler_timesteps(config, few, shift) == sampler_timesteps(config, few, other):
@@ -135,7 +135,7 @@ def _scheduler(config: Mapping[str, Any], steps: int, shift: float) -> Any:
     return scheduler
 
 
-def _listed(t: list[float]) -> str:
+def listed(t: Sequence[float]) -> str:
     """The timesteps, with the middle left out if they are many."""
     shown = [f"{value:g}" for value in t]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-3:]])
