@@ -1,5 +1,7 @@
 """A packed pipeline under diffusers' ways of offloading gives what it gives as a whole. The CPU stands for the GPU."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -18,7 +20,7 @@ def load(folder):
 
 
 @torch.no_grad()
-def outputs(pipe, places=("cpu", "cpu")):
+def outputs(pipe):
     """What both experts give, call by call in turn, as in a pipeline that goes back and forth."""
     generator, found = torch.Generator().manual_seed(0), []
     latents = torch.randn(1, 36, 2, 4, 4, generator=generator)
@@ -37,17 +39,27 @@ def expected(packed_pipeline):
 
 
 def check(pipe, expected):
+    """Equal but for the rounding of CPU kernels, which depends on the alignment of a tensor; a wrong bin is 4 % off."""
     for _ in range(2):  # the second time from where the first has put the weights
-        assert all(map(torch.equal, outputs(pipe), expected))
+        for found, reference in zip(outputs(pipe), expected):
+            assert (found - reference).norm() < 2e-3 * reference.norm()
 
 
 KINDS = [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["offload_type"])
+def test_group_offload_of_an_unquantized_pipeline_to_disk(source, tmp_path, kind):
+    """By diffusers 0.42.1 alone, transformer_2 would get the weights of transformer from disk."""
+    pipe = load(source)
+    expected = outputs(pipe)
+    pipe.enable_group_offload(CPU, CPU, offload_to_disk_path=str(tmp_path), **kind)
+    check(pipe, expected)
+
+
 @pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["offload_type"])
 def test_group_offload(packed_pipeline, expected, tmp_path, kind, to_disk):
-    """On the unquantized pipeline of diffusers 0.42.1, transformer_2 gets the weights of transformer from disk."""
     pipe = load(packed_pipeline)
     pipe.enable_group_offload(CPU, CPU, offload_to_disk_path=str(tmp_path / "new") if to_disk else None, **kind)
     check(pipe, expected)
@@ -61,6 +73,14 @@ def test_group_offload_to_the_folder_of_another_checkpoint(packed_pipeline, sour
         pipe.transformer.enable_group_offload(CPU, **kind)
         pipe.transformer_2.enable_group_offload(onload_device=CPU, **kind)
     check(pipe, expected)
+
+
+def test_group_offload_of_a_deep_copy(packed_pipeline, expected):
+    pipe = load(packed_pipeline)
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    pipe.transformer.enable_group_offload(CPU, **KINDS[0])
+    check(pipe, expected)
+    assert pipe.transformer.enable_group_offload.args == (pipe.transformer,)
 
 
 def test_sequential_offload(packed_pipeline, expected):

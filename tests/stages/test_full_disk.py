@@ -1,6 +1,10 @@
-"""A refusal of the disk in a real stage: exit code 2, one message that says where, and nothing half-written."""
+"""A refusal of the disk in a real stage: exit code 2, one message that says where, and nothing half-written.
+
+What a stage can do without (hard links, locks) is no refusal.
+"""
 
 import errno
+import fcntl
 import re
 import shutil
 
@@ -88,3 +92,20 @@ def test_a_finished_checkpoint_on_a_read_only_disk(folder, refused, disk):
     folder.finish("pack", "--variant", "rtn")
     disk.refuse(errno.EROFS, "artifacts*")
     assert refused("pack", "--variant", "rtn") == f"artifacts/checkpoints/rtn: {READ_ONLY}"
+
+
+def test_a_stage_on_a_disk_without_hard_links_and_locks(folder, disk, monkeypatch):
+    """It copies and warns; its bytes are those of any other disk."""
+
+    def unable(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    before = folder.artifacts()
+    disk.refuse(errno.EPERM, "artifacts/*", ("os.link",))
+    monkeypatch.setattr(fcntl, "flock", unable)
+    result = folder.run("capture", *HIGH)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stderr.count("files are copied, not hardlinked (Operation not permitted)") == 1
+    assert result.stderr.count("this disk has no locks (No locks available)") == 1
+    disk.allow()
+    assert folder.artifacts() == before

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
+from stepquant.checkpoint.guards import separate_disk_offload
 from stepquant.checkpoint.quantizer import register
 from stepquant.errors import InvalidInput, MissingFile
 from stepquant.models.weights import open_weights
@@ -69,6 +70,9 @@ def load_pipeline(
     dtypes = _dtypes(dtype, read_config(folder / "model_index.json"))
     register()
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **components)
+    for component in pipeline.components.values():
+        if isinstance(component, ModelMixin):
+            separate_disk_offload(component)
     return pipeline.to(device)
 
 

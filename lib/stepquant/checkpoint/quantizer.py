@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from stepquant.checkpoint.guards import guard
+from stepquant.checkpoint.guards import refuse_fusing, separate_disk_offload
 from stepquant.errors import DamagedFile, InvalidInput
 from stepquant.runtime.layout import QUANT_METHOD, QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
@@ -104,7 +104,8 @@ class StepquantQuantizer(DiffusersQuantizer):
         for module in model.modules():
             if isinstance(module, W4A4Linear):
                 module.compute_dtype = model.dtype
-        guard(model)
+        refuse_fusing(model)
+        separate_disk_offload(model)
 
     @property
     def is_serializable(self) -> bool:

@@ -35,9 +35,9 @@ rotate cuts the channels into groups of "rotations"[TARGET] neighbors and multip
 Sylvester-Hadamard matrix of that size. A target that is not listed there has no rotation.
 
 All tensors are row-major, without fragment packing. Without mean, rotation and clip tables, the nvfp4 form equals the
-SVDQuant contract of vLLM-Omni (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4"); int4 and mxfp4 have the same form
-with their own scales. In self-attention, to_q, to_k and to_v have equal smooth_factor, mean, rotation, proj_down and
-wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
+SVDQuant contract of vLLM-Omni (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4") but for the dtype of the bias; int4
+and mxfp4 have the same form with their own scales. In self-attention, to_q, to_k and to_v have equal smooth_factor,
+mean, rotation, proj_down and wtscale. Bin i holds bin_edges[i] >= t > bin_edges[i+1] (stepquant.models.bins).
 
 quantization_config:
 
