@@ -172,7 +172,7 @@ def test_what_an_earlier_run_left_is_not_mixed_in(tmp_path):
     write_record(tmp_path / "rtn.json", earlier)
     with pytest.raises(
         UserError,
-        match="rtn.json: is of another model or other prompts than that of bf16.* or name the variants to show with --variant",
+        match="rtn.json: is of another model or other prompts than that of bf16.* to show with --variant",
     ):
         read_records(tmp_path)
     assert len(read_records(tmp_path, ["bf16", "full"])) == 2
