@@ -51,7 +51,7 @@ def profile(
     ready = profiles.read_profiles()
     if name is None:
         for known, description in profiles.list_profiles(ready):
-            print(f"{known:22} {description}")
+            print(f"{known:26} {description}")
         return
     chosen = profiles.choose(ready, name)
     current = params.read_text(encoding="utf-8-sig") if params.exists() else None

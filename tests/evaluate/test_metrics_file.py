@@ -170,7 +170,9 @@ def test_what_an_earlier_run_left_is_not_mixed_in(tmp_path):
         write_record(tmp_path / f"{variant}.json", record(variant))
     earlier = record("rtn").model_copy(update={"memory": memory(10, 40)})
     write_record(tmp_path / "rtn.json", earlier)
-    message = "rtn.json: is of another model or other prompts than that of bf16.* or name the variants .* --variant"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError,
+        match="rtn.json: is of another model or other prompts than that of bf16.* to show with --variant",
+    ):
         read_records(tmp_path)
     assert len(read_records(tmp_path, ["bf16", "full"])) == 2

@@ -11,14 +11,17 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stepquant.calibration.trajectories import record_prompt
 from stepquant.models.families.wan_transformer import WAN_TRANSFORMER
 from stepquant.models.offload import load_mapped, place_pipeline
+from stepquant.models.prompts import read_manifest
 from stepquant.models.source import describe_experts, load_source_pipeline
 from stepquant.models.weights import open_weights
-from stepquant.params import Compute
+from stepquant.params import Compute, Sampling
+from stepquant.storage.digests import file_digests
 from tests.pretend_device import pretend_device
 from tests.wan import load_expert, random_calls, save_expert
-from tests.workspace import ROOT, SOURCE_MODEL, cut_model
+from tests.workspace import ROOT, SOURCE_MODEL, TINY, cut_model
 
 DEVICE = "pretend:1"
 MODES = ("none", "model", "group", "disk")
@@ -63,6 +66,25 @@ def test_the_same_video_to_the_bit(source, expected, offload, tmp_path):
     with pretend_device():
         found = video(source, DEVICE, offload, tmp_path / "scratch").cpu()
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def recorded(source: Path, device: str, offload: str, folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of one recorded prompt: the arguments of all calls, samples of blocks and outputs."""
+    manifest = describe_experts(source, str(source), None)
+    sampling = Sampling.model_validate({"guidance_scale": 3.0, "guidance_scale_2": 3.0} | TINY["sampling"])
+    (folder / "scratch").mkdir(parents=True)
+    settings = compute(device, offload)
+    pipe = load_source_pipeline(source, list(manifest.experts.values()), settings, folder / "scratch")
+    prompt = read_manifest(ROOT / "data/calibration/manifest.jsonl")[0]
+    record_prompt(pipe, manifest, sampling, prompt, folder / "out", None)
+    return file_digests(folder / "out")
+
+
+def test_the_same_recording_to_the_bit(source, tmp_path):
+    expected = recorded(source, "cpu", "none", tmp_path / "cpu")
+    with pretend_device():
+        assert recorded(source, DEVICE, "disk", tmp_path / "disk") == expected
 
 
 @torch.no_grad()
