@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	dvc repro
 	stepquant show
 
-test: $(VENV)/installed $(VENV)/peers/installed $(VENV)/ray/installed
+test: $(VENV)/installed $(VENV)/peers/installed $(VENV)/ray/installed $(VENV)/peft/installed
 	python -m pytest -n 2 --dist worksteal
 
 reproduce: demo
@@ -50,4 +50,9 @@ $(VENV)/peers/installed: requirements-peers.lock $(VENV)/installed
 # The extra `ray` and what it needs beyond requirements.lock; apart, because only tests need it here, and it takes 250 MB.
 $(VENV)/ray/installed: requirements-ray.lock $(VENV)/installed
 	pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/ray -r requirements-ray.lock
+	touch $@
+
+# PEFT, for the tests of LoRAs; apart, because diffusers imports it wherever it finds it, two seconds at every start.
+$(VENV)/peft/installed: requirements-peft.lock $(VENV)/installed
+	pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peft -r requirements-peft.lock
 	touch $@

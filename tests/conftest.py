@@ -13,8 +13,8 @@ from tests.device_fixture import device  # noqa: F401 (a fixture)
 from tests.once import once
 from tests.workspace import Workspace, make_workspace, ray_folder
 
-# Ray is an extra, and `make test` puts it into a folder of its own.
-sys.path.append(str(Path(sys.prefix) / "ray"))
+# `make test` puts Ray and PEFT into folders of their own (Makefile). Processes that tests start do not find them here.
+sys.path += [str(Path(sys.prefix) / name) for name in ("ray", "peft")]
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
