@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stepquant.errors import UserError
+from stepquant.params import Lora
 from stepquant.preflight import DOWNLOADS, is_here, look_at_model, look_at_prompts, unwatched
 from stepquant.profiles import read_profiles
 
@@ -69,7 +70,10 @@ def test_what_dvc_watches(tmp_path, monkeypatch):
     inside, outside = Path("data/models/mine"), Path("elsewhere/mine")
     for folder in (inside, outside):
         (folder / "vae").mkdir(parents=True)
-    assert unwatched(inside) == ""
-    assert unwatched(outside).startswith("DVC does not watch elsewhere/mine, which lies outside data/models; ")
+    assert unwatched(inside, []) == ""
+    (Path("data/models/linked")).symlink_to(outside.resolve())
+    lora = Lora(expert="denoiser", file="data/models/linked/lora.safetensors", weight=1.0)
+    assert unwatched(inside, [lora]).startswith("DVC does not watch data/models/linked, which lies outside data/models")
+    assert unwatched(outside, []).startswith("DVC does not watch elsewhere/mine, which lies outside data/models; ")
     (inside / "transformer").symlink_to(outside.resolve() / "vae")
-    assert unwatched(inside).startswith("DVC does not watch data/models/mine/transformer, which lies outside ")
+    assert unwatched(inside, []).startswith("DVC does not watch data/models/mine/transformer, which lies outside ")

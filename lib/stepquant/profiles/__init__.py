@@ -20,8 +20,8 @@ _BASE = re.compile(r"# base: (\S+)\n")
 
 def read_profiles() -> dict[str, str]:
     """Name -> text of every profile, as it is in its file."""
-    found = [p for p in files(__package__).iterdir() if p.name.endswith(".yaml")]
-    return {p.name.removesuffix(".yaml"): p.read_text(encoding="utf-8") for p in sorted(found, key=lambda p: p.name)}
+    found = {p.name.removesuffix(".yaml"): p for p in files(__package__).iterdir() if p.name.endswith(".yaml")}
+    return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
 
 
 def list_profiles(ready: dict[str, str]) -> list[tuple[str, str]]:
