@@ -49,6 +49,15 @@ def test_a_folder_that_is_not_there(params):
         look_at_model(file)
 
 
+def test_a_lora_that_is_not_there_is_missed_before_the_model_is_downloaded(params):
+    lora = "loras: [{expert: high_noise, file: data/models/absent.safetensors, weight: 1.0}]"
+    file = params(source=("data/models/wan22-mini", "owner/name"), loras=("loras: []", lora))
+    with pytest.raises(
+        UserError, match="model.loras.0.file: no such file data/models/absent.safetensors; put the LoRA"
+    ):
+        look_at_model(file)
+
+
 def test_prompts_that_are_not_here_are_left_to_the_stages(params):
     here = "is not here"
     assert look_at_prompts(params()) == (

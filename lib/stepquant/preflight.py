@@ -29,10 +29,11 @@ def look_at_model(file: Path) -> str:
     """
     from stepquant.models.checks import check_run, check_source
     from stepquant.models.checks.reach import check_experts
-    from stepquant.models.loras import check_loras
+    from stepquant.models.loras import check_files, check_loras
     from stepquant.models.source import describe_experts
 
     model = parameters.section(file, "model")
+    check_files(model.loras)
     folder = _folder(model.source, model.revision)
     if folder is None:
         return f"model.source: {model.source} {DOWNLOADS}"
