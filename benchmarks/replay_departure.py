@@ -63,7 +63,7 @@ def settings(manifest: ModelManifest, options: argparse.Namespace) -> Sampling:
 
 def record(manifest: ModelManifest, compute: Compute, sampling: Sampling, folder: Path) -> tuple[float, int]:
     """Record one prompt. Returns what recording adds to the processor time of sampling, and the bytes per call."""
-    pipe = source_pipeline(manifest, compute, sampling)
+    pipe = source_pipeline(manifest, compute, sampling, folder / "no_scratch")
     pictures = {name: Image.new("RGB", (64, 64), "gray") for name in manifest.images.required}
     experts = {name: getattr(pipe, described.subfolder) for name, described in manifest.experts.items()}
     sample(pipe, sampling, "a red crab runs", "", pictures, 0, "latent")  # costs of the first run only
@@ -115,7 +115,14 @@ def rows(title: str, source: Path, options: argparse.Namespace) -> None:
     manifest = describe_experts(source, str(source), None)
     for dtype in options.dtypes:
         compute = Compute(
-            device=options.device, dtype=dtype, threads=1, executor="local", workers=1, address=None, gpus_per_unit=0
+            device=options.device,
+            dtype=dtype,
+            threads=1,
+            offload="none",
+            executor="local",
+            workers=1,
+            address=None,
+            gpus_per_unit=0,
         )
         with tempfile.TemporaryDirectory() as scratch:
             extra, taken = record(manifest, compute, settings(manifest, options), Path(scratch))

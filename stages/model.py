@@ -35,7 +35,7 @@ def model(params: ParamsFile = Path("params.yaml")) -> None:
         sampling, bins = (parameters.glance(params, section) for section in ("sampling", "bins"))
         if sampling is not None:
             check_run(folder, described, sampling, bins and bins.by_expert)
-        if warning := unwatched(folder):
+        if warning := unwatched(folder, source.loras):
             print(f"warning: {warning}", file=sys.stderr)
         # Reading every byte of the model takes longest, and comes last.
         write_manifest(artifacts.MODEL, describe_source(folder, source.source, source.revision, source.loras))

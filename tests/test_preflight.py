@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stepquant.errors import UserError
+from stepquant.params import Lora
 from stepquant.preflight import DOWNLOADS, is_here, look_at_model, look_at_prompts, unwatched
 from stepquant.profiles import read_profiles
 
@@ -48,6 +49,15 @@ def test_a_folder_that_is_not_there(params):
         look_at_model(file)
 
 
+def test_a_lora_that_is_not_there_is_missed_before_the_model_is_downloaded(params):
+    lora = "loras: [{expert: high_noise, file: data/models/absent.safetensors, weight: 1.0}]"
+    file = params(source=("data/models/wan22-mini", "owner/name"), loras=("loras: []", lora))
+    with pytest.raises(
+        UserError, match="model.loras.0.file: no such file data/models/absent.safetensors; put the LoRA"
+    ):
+        look_at_model(file)
+
+
 def test_prompts_that_are_not_here_are_left_to_the_stages(params):
     here = "is not here"
     assert look_at_prompts(params()) == (
@@ -69,7 +79,10 @@ def test_what_dvc_watches(tmp_path, monkeypatch):
     inside, outside = Path("data/models/mine"), Path("elsewhere/mine")
     for folder in (inside, outside):
         (folder / "vae").mkdir(parents=True)
-    assert unwatched(inside) == ""
-    assert unwatched(outside).startswith("DVC does not watch elsewhere/mine, which lies outside data/models; ")
+    assert unwatched(inside, []) == ""
+    (Path("data/models/linked")).symlink_to(outside.resolve())
+    lora = Lora(expert="denoiser", file="data/models/linked/lora.safetensors", weight=1.0)
+    assert unwatched(inside, [lora]).startswith("DVC does not watch data/models/linked, which lies outside data/models")
+    assert unwatched(outside, []).startswith("DVC does not watch elsewhere/mine, which lies outside data/models; ")
     (inside / "transformer").symlink_to(outside.resolve() / "vae")
-    assert unwatched(inside).startswith("DVC does not watch data/models/mine/transformer, which lies outside ")
+    assert unwatched(inside, []).startswith("DVC does not watch data/models/mine/transformer, which lies outside ")

@@ -4,12 +4,13 @@ Nothing is downloaded. What is not here yet is looked at by the stage that fetch
 what).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepquant import params as parameters
 from stepquant.errors import MissingFile
+from stepquant.params import Lora
 
 DOWNLOADS = "is not a folder here; stage model will download it"
 
@@ -28,10 +29,11 @@ def look_at_model(file: Path) -> str:
     """
     from stepquant.models.checks import check_run, check_source
     from stepquant.models.checks.reach import check_experts
-    from stepquant.models.loras import check_loras
+    from stepquant.models.loras import check_files, check_loras
     from stepquant.models.source import describe_experts
 
     model = parameters.section(file, "model")
+    check_files(model.loras)
     folder = _folder(model.source, model.revision)
     if folder is None:
         return f"model.source: {model.source} {DOWNLOADS}"
@@ -41,7 +43,7 @@ def look_at_model(file: Path) -> str:
     check_loras(manifest, folder, model.loras)
     check_run(folder, manifest, parameters.section(file, "sampling"), parameters.section(file, "bins").by_expert)
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in manifest.experts.items())
-    return "; ".join(filter(None, (f"model.source: {model.source}: {blocks}", unwatched(folder))))
+    return "; ".join(filter(None, (f"model.source: {model.source}: {blocks}", unwatched(folder, model.loras))))
 
 
 def look_at_prompts(file: Path) -> str:
@@ -81,15 +83,19 @@ def look_at_prompts(file: Path) -> str:
     return ", ".join(found)
 
 
-def unwatched(folder: Path) -> str:
+def unwatched(folder: Path, loras: Sequence[Lora]) -> str:
     """What to know about a source that DVC does not watch; "" if it watches all of it.
 
     Args:
         folder: of the source pipeline.
+        loras: its LoRAs, which can lie behind a link to a folder.
     """
     watched = Path("data/models")
-    for place in (folder, *(child for child in sorted(folder.iterdir()) if child.is_dir())):
-        if not place.resolve().is_relative_to(watched.resolve()) and folder.parent.name != "snapshots":
+    places = [Path(lora.file).parent for lora in loras]
+    if folder.parent.name != "snapshots":  # of the hub, whose commit is recorded
+        places += [folder, *(child for child in sorted(folder.iterdir()) if child.is_dir())]
+    for place in places:
+        if not place.resolve().is_relative_to(watched.resolve()):
             return (
                 f"DVC does not watch {place}, which lies outside {watched}; after a change there, run "
                 "`dvc repro --force model`"

@@ -25,9 +25,8 @@ SPLITS = ("calibration", "heldout", "validation")
 
 
 def compute(dtype="float32"):
-    return Compute(
-        device="cpu", dtype=dtype, threads=1, offload="none", executor="local", workers=1, address=None, gpus_per_unit=0
-    )
+    where = {"device": "cpu", "offload": "none", "executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}
+    return Compute(dtype=dtype, threads=1, **where)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def load(folder, dtype, text=16):
     manifest = describe_experts(folder, str(folder), None)
     settings = {"height": 32, "width": 32, "num_frames": 5, "steps": 2, "flow_shift": 4.0, "max_sequence_length": text}
     sampling = Sampling(**settings, guidance_scale=3.0, guidance_scale_2=3.0)
-    pipe = source_pipeline(manifest, compute(dtype), sampling)
+    pipe = source_pipeline(manifest, compute(dtype), sampling, folder / "no_scratch")
     return SimpleNamespace(manifest=manifest, sampling=sampling, pipe=pipe, dtype=dtype)
 
 
