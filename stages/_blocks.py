@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stages import _artifacts as artifacts
-from stages._stage import Stage
+from stages._stage import Stage, described_model
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.compute.progress import meter
@@ -21,7 +20,7 @@ from stepquant.compute.units import gather
 from stepquant.errors import UserError
 from stepquant.formats import check_groups, get_format
 from stepquant.models.expert import open_expert
-from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.params import Compute, Format
 from stepquant.quantize.rotate import check_rotation
@@ -80,7 +79,7 @@ def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, w
     Raises:
         UserError: An artifact is missing or damaged, or the work reports an error.
     """
-    manifest = read_manifest(artifacts.MODEL)
+    manifest = described_model()
     digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
     tasks, blocks, workers = {}, manifest.expert(expert).blocks, stage["compute"].workers
     for index in range(blocks):

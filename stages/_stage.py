@@ -12,10 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
+from stages import _artifacts as artifacts
 from stepquant import params as parameters
 from stepquant.compute.executor import Executor
 from stepquant.compute.process import die_with_parent, exclusive
 from stepquant.compute.units import UnitStore
+from stepquant.models.changes import check_unchanged
+from stepquant.models.manifest import ModelManifest, read_manifest
 from stepquant.recipe.variants import ORDER
 from stepquant.storage.code_version import code_digest, source_files
 from stepquant.storage.digests import content_key
@@ -28,6 +31,17 @@ CODE = {"stepquant": ROOT / "lib/stepquant", "stages": ROOT / "stages"}
 ParamsFile = Annotated[Path, typer.Option("--params", help="The params file to read.")]
 Expert = Annotated[str, typer.Option(help="Which denoiser: high_noise, low_noise, or denoiser for a dense model.")]
 VariantName = Annotated[str, typer.Option("--variant", help=f"Which recipe: {', '.join(ORDER)}.")]
+
+
+def described_model() -> ModelManifest:
+    """The manifest that stage model wrote, if the source model is still the one that it describes.
+
+    Raises:
+        UserError: The manifest is missing or invalid, or a file of the model has changed.
+    """
+    manifest = read_manifest(artifacts.MODEL)
+    check_unchanged(artifacts.MODEL, manifest)
+    return manifest
 
 
 class Place(Enum):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._stage import Expert, ParamsFile, Place, Stage, open_stage
+from stages._stage import Expert, ParamsFile, Place, Stage, described_model, open_stage
 from stepquant.calibration.caption_replay import CaptionShard
 from stepquant.calibration.replay import Shard, add_up_shards, cut_ranges, replayed_calls
 from stepquant.calibration.statistics_files import block_name
@@ -27,7 +27,7 @@ from stepquant.compute.progress import Meter, meter
 from stepquant.compute.task import Task
 from stepquant.compute.units import Unit, gather
 from stepquant.models.bins import Bins, expert_bins
-from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.manifest import ModelManifest
 from stepquant.storage.json_files import to_json
 from stepquant.storage.zarr_groups import group_metadata
 
@@ -42,7 +42,7 @@ def capture(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     artifacts/trajectories.zarr. Writes artifacts/activations/EXPERT.zarr.
     """
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
-        manifest = read_manifest(artifacts.MODEL)
+        manifest = described_model()
         described = manifest.expert(expert)
         bins = expert_bins(stage["bins"].by_expert, expert, described.t_range)
         block_ranges = cut_ranges(described.blocks, stage["capture"].blocks_per_shard)

@@ -4,13 +4,12 @@ from functools import partial
 from pathlib import Path
 
 from stages import _artifacts as artifacts
-from stages._stage import ParamsFile, VariantName, open_stage
+from stages._stage import ParamsFile, VariantName, described_model, open_stage
 from stepquant.command_runner import command, main
 from stepquant.evaluate.measure import format_pair, measure_memory, measure_videos
 from stepquant.evaluate.metrics_file import Record, summarize_layers, summarize_videos, write_record
 from stepquant.evaluate.packed_layers import layer_errors
 from stepquant.evaluate.summary import Bootstrap
-from stepquant.models.manifest import read_manifest
 from stepquant.models.prompts import evaluation_prompts
 from stepquant.recipe.variants import REFERENCE
 
@@ -25,7 +24,7 @@ def evaluate(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> 
     artifacts/checkpoints/VARIANT/, and artifacts/videos of VARIANT and bf16. Writes artifacts/metrics/VARIANT.json.
     """
     with open_stage(__file__, READS, params, variant=variant) as stage:
-        manifest, settings = read_manifest(artifacts.MODEL), stage["evaluate"]
+        manifest, settings = described_model(), stage["evaluate"]
         bootstrap = Bootstrap(settings.bootstrap_samples, settings.confidence, settings.seed)
         prompts, bf16 = evaluation_prompts(stage["generate"]), partial(artifacts.video, REFERENCE)
         reference = measure_videos(prompts, bf16, None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stages import _artifacts as artifacts
-from stages._stage import ParamsFile, Stage, VariantName, open_stage
+from stages._stage import ParamsFile, Stage, VariantName, described_model, open_stage
 from stepquant.checkpoint.pipeline import load_pipeline
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
@@ -15,7 +15,6 @@ from stepquant.compute.units import gather
 from stepquant.errors import MissingFile
 from stepquant.evaluate.video import write_video
 from stepquant.models.checks import check_pictures, check_run
-from stepquant.models.manifest import read_manifest
 from stepquant.models.offload import place_pipeline
 from stepquant.models.prompts import Prompt, check_images, evaluation_prompts
 from stepquant.models.sampling import ready_to_sample, sample, source_pipeline
@@ -60,7 +59,7 @@ class Sampler:
     def __init__(self, stage: Stage, variant: str):
         """Raises MissingFile if the variant has not been packed."""
         self.stage, self.variant = stage, variant
-        self.manifest = read_manifest(artifacts.MODEL)
+        self.manifest = described_model()
         if variant != REFERENCE and not artifacts.checkpoint(variant).is_dir():
             raise MissingFile(f"{artifacts.checkpoint(variant)}: not there; run `dvc repro pack@{variant}` first")
         self.weights = self.manifest.digest() if variant == REFERENCE else file_digests(artifacts.checkpoint(variant))

@@ -7,16 +7,15 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, Place, open_stage
+from stages._stage import Expert, ParamsFile, Place, described_model, open_stage
 from stepquant.calibration.statistics_files import site_folder, tokens_per_column
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
-from stepquant.models.manifest import read_manifest
 from stepquant.models.sites import Site
 from stepquant.recipe.round import round_site
 from stepquant.recipe.settings import RoundSettings
 from stepquant.recipe.site_files import ResidualFactors
-from stepquant.recipe.site_statistics import FEW_TOKENS
+from stepquant.recipe.site_statistics import FEW_TOKENS, more_tokens
 
 READS = ("compute", "format", "lowrank", "gptq")
 
@@ -30,7 +29,7 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
-        for site in read_manifest(artifacts.MODEL).expert(expert).ordered_sites:
+        for site in described_model().expert(expert).ordered_sites:
             warn_of_few_tokens(expert, site)
         settings = RoundSettings(stage["format"], stage["lowrank"], stage["gptq"])
         run_blocks(stage, expert, sources, artifacts.residual(expert), partial(round_residual, settings, expert))
@@ -51,7 +50,7 @@ def warn_of_few_tokens(expert: str, site: Site) -> None:
     """Warn if the Hessian comes from so few tokens that GPTQ fits their noise (docs/calibration.md)."""
     found = tokens_per_column(site_folder(artifacts.activations(expert), 0, site.name))
     if found < FEW_TOKENS:
-        remedy = "raise trajectories.calibration_prompts"
+        remedy = more_tokens(text_alone=site.text_alone)
         warn(f"gptq@{expert} {site.name}: {found:.1f} calibration tokens per column, fewer than {FEW_TOKENS}; {remedy}")
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import check_shapes, run_blocks
-from stages._stage import Expert, ParamsFile, Place, open_stage
+from stages._stage import Expert, ParamsFile, Place, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
-from stepquant.models.manifest import read_manifest
 from stepquant.models.sites import Site
 from stepquant.recipe.factor import factor_site
 from stepquant.recipe.settings import FactorSettings
@@ -28,7 +27,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
         check_shapes(
-            read_manifest(artifacts.MODEL),
+            described_model(),
             expert,
             settings.format,
             settings.lowrank.rank,

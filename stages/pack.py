@@ -7,14 +7,14 @@ from pathlib import Path
 
 from stages import _artifacts as artifacts
 from stages._blocks import check_shapes
-from stages._stage import ParamsFile, Stage, VariantName, open_stage
+from stages._stage import ParamsFile, Stage, VariantName, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.checkpoint.packed import PackedLinear, pack_site
 from stepquant.checkpoint.writer import write_checkpoint
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
 from stepquant.models.expert import open_expert
-from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.quantized_layer import QuantizedLayer
@@ -38,7 +38,7 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
     """
     recipe = packed_variant(variant)
     with open_stage(__file__, READS, params, variant=variant) as stage:
-        manifest = read_manifest(artifacts.MODEL)
+        manifest = described_model()
         source = resolve_source(manifest.source, manifest.revision)
         packers = [Packer(recipe, stage, manifest, expert) for expert in manifest.experts]
         if artifacts.checkpoint(variant).exists():

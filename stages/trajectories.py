@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._stage import ParamsFile, Stage, open_stage
+from stages._stage import ParamsFile, Stage, described_model, open_stage
 from stepquant import params as parameters
 from stepquant.calibration.captions import record_captions
 from stepquant.calibration.trajectories import CAPTIONS, record_prompt
@@ -14,7 +14,7 @@ from stepquant.compute.progress import track
 from stepquant.compute.units import Unit, gather
 from stepquant.models.captions import read_captions
 from stepquant.models.checks import check_pictures, check_run
-from stepquant.models.manifest import ModelManifest, read_manifest
+from stepquant.models.manifest import ModelManifest
 from stepquant.models.prompts import Prompt, check_images, recorded_prompts
 from stepquant.models.sampling import source_pipeline
 from stepquant.models.source import resolve_source
@@ -30,7 +30,7 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
     Reads the params sections compute, sampling, trajectories and storage. Writes artifacts/trajectories.zarr.
     """
     with open_stage(__file__, READS, params) as stage:
-        manifest = read_manifest(artifacts.MODEL)
+        manifest = described_model()
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
         check_pictures(prompts, stage["sampling"], "trajectories.manifest")

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_MODEL = "data/models/wan22-mini"
 TINY_MODEL = "data/models/tiny"
 BLOCKS = 2
+CAPTIONS = 4
 LONGEST = 900  # seconds until a command that hangs fails its test, rather than the whole CI run
 # What is smaller than in the demo profile. Four steps put one recorded t into each bin: 1000 | 937, then 833 | 625.
 TINY = {
@@ -109,6 +110,8 @@ def make_workspace(root: Path) -> Workspace:
     for section, values in TINY.items():
         params[section] |= values
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    captions = root / "data/calibration/captions.txt"
+    captions.write_text("".join(captions.read_text().splitlines(keepends=True)[:CAPTIONS]))
     return Workspace(root)
 
 

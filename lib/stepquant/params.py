@@ -4,7 +4,8 @@ A stage names the sections that it reads and gets nothing else. `experts.<expert
 expert.
 """
 
-from pathlib import Path
+from os.path import normpath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -172,12 +173,15 @@ def check(path: Path) -> None:
 
 
 def _check_watched(path: Path, name: str) -> None:
-    """Refuse a manifest of prompts whose changes DVC would not notice: dvc.yaml names a folder for each."""
-    if name in WATCHED and not section(path, name).manifest.startswith(f"{WATCHED[name]}/"):
-        found = section(path, name).manifest
-        raise UserError(
-            f"{path}: {name}.manifest: found {found!r}; allowed: a file in {WATCHED[name]}/, which DVC watches"
-        )
+    """Refuse files of prompts whose changes DVC would not notice: dvc.yaml names a folder for each section."""
+    if name not in WATCHED:
+        return
+    for key in ("manifest", "text_prompts"):
+        found = getattr(section(path, name), key, None)
+        if found is not None and not PurePosixPath(normpath(found)).is_relative_to(WATCHED[name]):
+            raise UserError(
+                f"{path}: {name}.{key}: found {found!r}; allowed: a file in {WATCHED[name]}/, which DVC watches"
+            )
 
 
 def _take(raw: dict[str, Any], path: Path, dotted: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def look_at_prompts(file: Path) -> str:
         UserError: a manifest is wrong, has too few prompts, or pictures that are too small or not those that the model
             takes.
     """
+    from stepquant.models.captions import read_captions
     from stepquant.models.checks import check_pictures
     from stepquant.models.prompts import Prompt, check_images, evaluation_prompts, recorded_prompts
     from stepquant.models.source import describe_experts
@@ -80,6 +81,9 @@ def look_at_prompts(file: Path) -> str:
             check_images(prompts, images, settings.manifest)
         check_pictures(prompts, sampling, f"{section}.manifest")
         found.append(f"{section}.manifest: {len(prompts)} prompts")
+    text_prompts = parameters.section(file, "trajectories").text_prompts
+    if text_prompts is not None:
+        found.append(f"trajectories.text_prompts: {len(read_captions(Path(text_prompts)))} captions")
     return ", ".join(found)
 
 

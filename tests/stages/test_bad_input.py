@@ -113,7 +113,7 @@ def test_nan_in_a_calibration_activation(folder, refused, bad):
     tensors = load_file(file)
     tensors["blocks.1.ffn.net.0.proj.bias"][3] = bad
     save_file(tensors, file)
-    shutil.rmtree(folder.root / ".units/capture@high_noise")
+    folder.finish("model")
     message = refused("capture", *HIGH)
     place = r"high_noise block 1 ffn\.down \(prompt calibration_0\d, t = 999\)"
     assert re.fullmatch(
@@ -127,7 +127,7 @@ def test_nan_in_what_the_pipeline_gives_its_denoiser(folder, refused):
     norm = next(key for key in tensors if key.endswith("final_layer_norm.weight"))
     tensors[norm][0] = float("nan")
     save_file(tensors, file)
-    shutil.rmtree(folder.root / ".units/trajectories")
+    folder.finish("model")
     assert refused("trajectories").startswith(
         "prompt calibration_00: the pipeline gave its denoiser encoder_hidden_states with NaN or Inf; "
     )

@@ -76,7 +76,11 @@ def trajectories(run: Workload, sampled: bool = True) -> Size:
     times = steps * (4 * branches + (4 * run.tokens if run.model.token_timesteps else 8))
     metadata = arrays * ARRAY_METADATA + GROUP_METADATA + 24 * steps * branches  # the names of the calls' experts
     prompts = run.recorded_prompts
-    return Size(prompts * (values * run.itemsize + times + metadata + DIGEST) + GROUP_METADATA, prompts * files + 1)
+    recorded = Size(prompts * (values * run.itemsize + times + metadata + DIGEST) + GROUP_METADATA, prompts * files + 1)
+    if not run.captions:
+        return recorded
+    captions = run.captions * text * run.itemsize + ARRAY_METADATA + GROUP_METADATA + DIGEST
+    return Size(recorded.bytes + captions, recorded.files + 3)
 
 
 def _samples(run: Workload, expert: ExpertRun, output: int) -> int:

@@ -12,7 +12,7 @@ from stepquant.plan.costs import FEW, stage_costs
 from stepquant.plan.rates import GB, GEMM_SHARE, Machine
 from stepquant.plan.sampling_costs import fitting_offload
 from stepquant.plan.workload import ASSUMED_PROMPTS, Workload, summed_tokens
-from stepquant.recipe.site_statistics import FEW_TOKENS
+from stepquant.recipe.site_statistics import FEW_TOKENS, more_tokens
 from stepquant.recipe.variants import ORDER
 
 SAMPLING = ("trajectories", "generate")
@@ -111,7 +111,8 @@ def calibration_warnings(run: Workload) -> Iterator[str]:
             tokens = summed_tokens(run, expert, site)
             if tokens < FEW_TOKENS * site.K:
                 found = f"{tokens / site.K:.1f} calibration tokens per column, fewer than {FEW_TOKENS}"
-                yield f"{expert.name} {site.name}: {found}; raise trajectories.calibration_prompts"
+                remedy = more_tokens(text_alone=site.described.text_alone)
+                yield f"{expert.name} {site.name}: {found}; {remedy}"
 
 
 def prompt_warnings(run: Workload) -> Iterator[str]:

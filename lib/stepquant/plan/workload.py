@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.models.bins import expert_bins
+from stepquant.models.captions import read_captions
 from stepquant.models.checks.reach import steps_of
 from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.manifest import DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
-from stepquant.params import Capture
+from stepquant.params import Capture, Trajectories
 from stepquant.plan.source_model import SourceModel
 
 # Prompts per split if the parameters take all and the manifest of prompts is not there to be counted.
@@ -75,6 +76,7 @@ class ExpertRun:
         float32_values: Weights that stay float32 whatever `compute.dtype` is.
         branches: Calls per step: 2 with guidance, else 1.
         prompts: Split -> number of prompts.
+        captions: Number of captions, which calibrate the sites that read text alone.
         steps_per_bin: At most so many steps per prompt and bin are replayed; None for all.
     """
 
@@ -87,6 +89,7 @@ class ExpertRun:
     steps: tuple[int, ...]
     branches: int
     prompts: dict[str, int]
+    captions: int
     steps_per_bin: int | None
 
     @property
@@ -107,6 +110,11 @@ class ExpertRun:
     def width(self) -> int:
         """Channels of the hidden states."""
         return self.sites[0].K
+
+    def texts(self, split: str, site: SiteShape) -> int:
+        """How often the tokens of a site that does not depend on t count: once per prompt, branch and caption."""
+        captions = self.captions if split == "calibration" and site.described.text_alone else 0
+        return self.prompts[split] * self.branches + captions
 
     def calls(self, split: str, b: int | None = None) -> int:
         """Replayed calls of a split, in bin b or in all bins."""
@@ -180,6 +188,11 @@ class Workload:
         return sampler_timesteps(self.model.scheduler, sampling.steps, sampling.flow_shift)
 
     @cached_property
+    def captions(self) -> int:
+        """Captions that calibrate the sites that read text alone."""
+        return _count_captions(self.parameter("trajectories"))
+
+    @cached_property
     def experts(self) -> list[ExpertRun]:
         """The experts in the order of the manifest."""
         return [self._expert(name, described) for name, described in self.manifest.experts.items()]
@@ -203,6 +216,7 @@ class Workload:
             tuple(steps),
             branches,
             self.prompts,
+            self.captions,
             self.parameter("capture").steps_per_bin,
         )
 
@@ -211,6 +225,12 @@ class Workload:
         if name == IMAGE_SITE:
             context = self.model.image_tokens
         return SiteShape(name, described, self.tokens if described.depends_on_timestep else context)
+
+
+def _count_captions(settings: Trajectories) -> int:
+    """Captions of the text file that the parameters name; 0 if there is none, or if it is not there."""
+    file = None if settings.text_prompts is None else Path(settings.text_prompts)
+    return 0 if file is None or not file.is_file() else len(read_captions(file))
 
 
 def _count(wanted: int | None, manifest: Path, split: str) -> int:
@@ -243,8 +263,8 @@ def heldout_rows(run: Workload, expert: ExpertRun, site: SiteShape) -> int:
 
 
 def _sampled(expert: ExpertRun, site: SiteShape, split: str, wanted: int) -> int:
-    if not site.per_bin:  # the text of each prompt and branch counts once
-        return min(wanted, expert.prompts[split] * expert.branches * site.tokens)
+    if not site.per_bin:
+        return min(wanted, expert.texts(split, site) * site.tokens)
     return sum(min(wanted, expert.calls(split, b) * site.tokens) for b in range(len(expert.steps)))
 
 
@@ -257,7 +277,7 @@ def block_ranges(run: Workload, expert: ExpertRun) -> int:
 def summed_tokens(run: Workload, expert: ExpertRun, site: SiteShape) -> float:
     """Calibration tokens of a site that enter its Hessian."""
     if not site.per_bin:
-        return expert.prompts["calibration"] * expert.branches * site.tokens
+        return expert.texts("calibration", site) * site.tokens
     settings: Capture = run.parameter("capture")
     return expert.calls("calibration") * site.tokens / settings.hessian_stride
 

@@ -24,6 +24,12 @@ SAMPLES = ("search", "validation", "heldout")
 FEW_TOKENS = 4  # tokens per column below which a stage warns about its Hessian (docs/calibration.md)
 
 
+def more_tokens(*, text_alone: bool) -> str:
+    """What gives the Hessian of a site more tokens. text_alone: whether the site reads the text tokens alone."""
+    captions = "list captions in a file and name it in trajectories.text_prompts, or "
+    return captions * text_alone + "raise trajectories.calibration_prompts"
+
+
 class SiteStatistics:
     """One site's statistics; the header lists the tensors and their shapes.
 
