@@ -93,7 +93,11 @@ FOUND = "out of memory on compute.device: CUDA out of memory. Tried to allocate 
         ),
         ("lowrank", torch.OutOfMemoryError(SHORTAGE), f"{FOUND}; stage lowrank: lower capture.search_tokens"),
         ("clip", OutOfMemory("cuda:0 is full"), "cuda:0 is full; stage clip: lower capture.search_tokens"),
-        ("generate", MemoryError(), "out of memory on the host; stage generate: sample on a larger machine"),
+        (
+            "generate",
+            MemoryError(),
+            "out of memory on the host; stage generate: set compute.offload: group (device) or disk (device and host)",
+        ),
         ("plan", torch.OutOfMemoryError(SHORTAGE), FOUND),
     ],
 )

@@ -115,7 +115,7 @@ def test_an_fp8_source_is_read_and_replayed_exactly(fp8, upcast):
             assert torch.equal(ours.linear_bias(index, linear).float(), theirs.bias)
     for name, parameter in reference.blocks[1].state_dict().items():
         assert torch.equal(ours.block(1).state_dict()[name], parameter), name
-    for name, parameter in ours.prologue().state_dict().items():
+    for name, parameter in ours.glue().model.state_dict().items():
         assert torch.equal(reference.state_dict()[name], parameter), name
 
 

@@ -111,7 +111,7 @@ def test_errors(compute, store, capsys, kind):
         assert "a warning before it\n" in capsys.readouterr().err
         with pytest.raises((UserError, OSError)) as refusal:
             map_units(workers, store, [work.full_disk])
-        assert str(user_error(refusal.value)).startswith("artifacts/out: No space left on device; free space or ")
+        assert str(user_error(refusal.value)).startswith("artifacts/out: No space left on device; free space")
         with pytest.raises((OutOfMemory, torch.OutOfMemoryError)) as shortage:
             map_units(workers, store, [work.out_of_memory])
         found = user_error(shortage.value)

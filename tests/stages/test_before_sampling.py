@@ -128,6 +128,9 @@ def test_check_and_doctor_say_the_same(folder, monkeypatch):
 
     from stepquant import cli
 
+    for section, place in (("trajectories", "data/calibration"), ("generate", "data/evaluation")):
+        shutil.copytree("data/prompts", place)  # where DVC watches prompts
+        folder.set(f"{section}.manifest", f"{place}/manifest.jsonl")
     assert CliRunner().invoke(cli.app, ["check"]).stdout == "params.yaml: fine\n"
     message = "sampling.height: 37; this model needs a multiple of 8: use 32 or 40"
     folder.set("sampling.height", 37)

@@ -29,7 +29,7 @@ def test_the_workers_merge_the_shards_of_each_block(folder, sent):
     """Failed before: the process that distributes the work merged them while the workers waited."""
     before = folder.artifacts()
     folder.finish("capture", *HIGH)
-    assert [work.args[2] for work in sent if getattr(work, "func", None) is capture.add_up_shards] == [
+    assert [work.args[1] for work in sent if getattr(work, "func", None) is capture.add_up_shards] == [
         "block_00",
         "block_01",
     ]

@@ -51,7 +51,9 @@ def test_a_truncated_unit_is_made_again(folder):
     shutil.rmtree(folder.root / ".units/capture@high_noise")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            capture, "add_up_shards", lambda sites, shards, *rest: in_place_of(*shortened(shards[0])) or 1 / 0
+            capture,
+            "add_up_shards",
+            lambda shards, *rest: in_place_of(*shortened(shards["ffn.up"][0])) or 1 / 0,
         )
         assert isinstance(folder.run("capture", *HIGH).exception, ZeroDivisionError)
     folder.finish("capture", *HIGH)

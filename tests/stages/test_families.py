@@ -60,7 +60,7 @@ def check_text_statistics(root, expert):
     texts = [PROMPT, "", *CAPTIONS]
     embeddings = [pipe.encode_prompt(text, None, False, max_sequence_length=length)[0] for text in texts]
     tokens = denoiser.condition_embedder.text_embedder(torch.cat(embeddings)).flatten(0, 1)
-    folder = site_folder(root / f"artifacts/activations/{expert}.zarr", 1, "attn2.kv")
+    folder = site_folder(root / f"artifacts/activations/{expert}.zarr", 0, "attn2.kv")
     statistics = read_statistics(folder, "cpu")
     expected = tokens.double().T @ tokens.double() / len(tokens)
     assert tokens_per_column(folder) == len(tokens) / tokens.shape[1]
