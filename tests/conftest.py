@@ -11,6 +11,7 @@ import torch
 
 from tests.device_fixture import device  # noqa: F401 (a fixture)
 from tests.once import once
+from tests.warm_python import warm_python
 from tests.workspace import Workspace, make_workspace, ray_folder
 
 # `make test` puts Ray and PEFT into folders of their own (Makefile). Processes that tests start do not find them here.
@@ -24,7 +25,8 @@ def workspace(tmp_path_factory) -> Workspace:
     """The pipeline on a tiny model, run once from model to report. Tests that change it take a copy."""
 
     def make(folder: Path) -> None:
-        make_workspace(folder).run("dvc", "repro")
+        with warm_python() as environment:
+            make_workspace(folder).run("dvc", "repro", **environment)
 
     return Workspace(once(tmp_path_factory, "workspace", make))
 

@@ -37,7 +37,8 @@ TINY = {
         "blocks_per_shard": 1,
     },
     "format": {"weight": "nvfp4", "activation": "int4"},  # int4 activations like to be clipped: every variant differs
-    "smooth": {"candidates": [0.4, 0.6]},
+    "smooth": {"candidates": [0.4, 0.6], "gradient_steps": 10},
+    "gptq": {"refits": 2, "dampings": [0.005, 0.1]},
     "lowrank": {"rank": 16},
     "clip": {"ratios": [0.7, 0.85, 1.0]},
     "generate": {"prompts": 1},
@@ -61,14 +62,15 @@ class Workspace:
             | {"PYTHONPATH": os.pathsep.join([str(self.root / "lib"), *ray_folder()])}
         )
 
-    def start(self, *command: str) -> subprocess.Popen:
-        """Start `python -m COMMAND...` here; both output streams come as one text."""
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        """Start `python -m COMMAND...` here, in a changed environment; both output streams come as one text."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **pipes)
+        changed = self.environment | environment
+        return subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=changed, **pipes)
 
-    def run(self, *command: str, code: int = 0) -> str:
+    def run(self, *command: str, code: int = 0, **environment: str) -> str:
         """Run `python -m COMMAND...` here to its end, and give its output."""
-        process = self.start(*command)
+        process = self.start(*command, **environment)
         output = process.communicate(timeout=LONGEST)[0]
         assert process.returncode == code, f"exit code {process.returncode}\n{output}"
         return output

@@ -9,14 +9,14 @@ from tests.device.traffic import Traffic
 
 BOUNDS: dict[Call, Traffic] = {
     Call("trajectories", ""): Traffic(host_reads=345, copies=340, launches=2400),
-    Call("capture", "high_noise"): Traffic(host_reads=70, copies=60, launches=1130),
-    Call("lowrank", "high_noise"): Traffic(host_reads=140, copies=83, launches=23_100),
-    Call("gptq", "high_noise"): Traffic(host_reads=345, copies=148, launches=162_000),
+    Call("capture", "high_noise"): Traffic(host_reads=74, copies=76, launches=1230),
+    Call("lowrank", "high_noise"): Traffic(host_reads=138, copies=83, launches=11_500),
+    Call("gptq", "high_noise"): Traffic(host_reads=248, copies=132, launches=107_000),
     Call("clip", "high_noise"): Traffic(host_reads=22, copies=105, launches=1440),
     Call("pack", "rtn"): Traffic(host_reads=50, copies=21, launches=450),
     Call("pack", "svdquant"): Traffic(host_reads=107, copies=98, launches=550),
     Call("pack", "full"): Traffic(host_reads=0, copies=0, launches=0),
     Call("generate", "bf16"): Traffic(host_reads=315, copies=333, launches=2860),
     Call("generate", "full"): Traffic(host_reads=675, copies=692, launches=11_300),
-    Call("evaluate", "full"): Traffic(host_reads=14, copies=140, launches=1270),
+    Call("evaluate", "full"): Traffic(host_reads=14, copies=140, launches=1310),
 }

@@ -36,8 +36,8 @@ ALL = (
 # Layers of every variant are scored on held-out activations: new ones score rtn again, though it is not sampled again.
 NEW_ACTIVATIONS = below(BRANCH) | {"evaluate@rtn"}
 
+# A key of every section, and of compute every kind: dvc.yaml names whole sections (tests/pipeline/test_dvc_yaml.py).
 PARAMS = {
-    "model.revision": ("main", ALL),
     "model.loras": ([{"expert": "high_noise", "file": "data/models/lora.safetensors", "weight": 1.0}], ALL),
     "compute.threads": (2, ALL - {"model"}),
     "compute.dtype": ("bfloat16", ALL - {"model"}),
@@ -47,12 +47,7 @@ PARAMS = {
     "compute.address": ("head:6379", {"report"}),
     "compute.gpus_per_unit": (0.5, {"report"}),
     "sampling.steps": (5, ALL - {"model"}),
-    "sampling.flow_shift": (3.0, ALL - {"model"}),
     "trajectories.validation_prompts": (
-        2,
-        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
-    ),
-    "trajectories.heldout_prompts": (
         2,
         {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
     ),
@@ -63,22 +58,12 @@ PARAMS = {
     "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
     "bins.low_noise": ([900, 800, 700, 0], each("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
     "capture.calls_per_shard": (4, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "capture.blocks_per_shard": (2, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "capture.hessian_stride": (2, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "capture.steps_per_bin": (1, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
-    "capture.search_tokens": (64, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
     "format.weight": ("int4", each("lowrank gptq clip", EXPERTS) | below(PACKED)),
-    "format.activation": ("mxfp4", each("lowrank gptq clip", EXPERTS) | below(PACKED)),
     "smooth.gradient_steps": (0, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "smooth.alpha": (0.5, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "smooth.magnitude": ("absmax", each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
     "center.means": (False, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
     "rotate.hadamard_sizes": ([0], each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
     "lowrank.rank": (32, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
     "gptq.scales": ("absmax", each("gptq clip", EXPERTS) | below(ROUNDED)),
-    "gptq.refits": (0, each("gptq clip", EXPERTS) | below(ROUNDED)),
-    "gptq.noise": (0.0, each("gptq clip", EXPERTS) | below(ROUNDED)),
-    "gptq.dampings": ([0.02], each("gptq clip", EXPERTS) | below(ROUNDED)),
     "clip.ratios": ([0.9, 1.0], each("clip", EXPERTS) | below(CLIPPED)),
     "experts.low_noise.lowrank": ({"rank": 8}, each("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
     "experts.high_noise.smooth": ({"alpha": 0.5}, each("lowrank gptq clip", ("high_noise",)) | below(BRANCH)),
