@@ -1,4 +1,4 @@
-"""Timestep-aware W4A4 quantization of image-to-video diffusion transformers.
+"""Timestep-aware W4A4 quantization of video diffusion transformers.
 
     import stepquant, torch
 

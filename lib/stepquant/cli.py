@@ -20,7 +20,7 @@ STAGES = ("model", "trajectories", "capture", "lowrank", "gptq", "clip", "pack",
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Timestep-aware W4A4 quantization of image-to-video diffusion transformers.",
+    help="Timestep-aware W4A4 quantization of video diffusion transformers.",
 )
 
 

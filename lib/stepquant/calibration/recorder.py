@@ -1,7 +1,7 @@
 """Records every call of a denoiser while a pipeline samples: its tensor arguments, and samples of what it computed.
 
 The samples are what a replay is compared with (replay_check.py): some values of every block's output and of the
-denoiser's output. They are 82 kB for a call of Wan2.2-I2V-A14B.
+denoiser's output. They are 90 kB for a call of Wan2.2-I2V-A14B.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ def load_pipeline(
 
     - `device="cpu"` and then `pipe.enable_model_cpu_offload()`: one component at a time is on the GPU. This is the
       right choice for most GPUs. The largest component is the text encoder (11.4 GB); an expert has 8.3 GB.
-    - `device="cuda"`: all components are on the GPU, 28.4 GB before the first forward.
+    - `device="cuda"`: all components are on the GPU, 28.5 GB before the first forward.
     - `pipe.enable_sequential_cpu_offload()` or diffusers' group offloading: parts of a component are on the GPU.
       This needs the least memory and is the slowest.
 

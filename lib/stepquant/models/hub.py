@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: the only network access of stepquant.
+"""Models of the Hugging Face hub. They are the only thing that stepquant downloads.
 
 A branch such as main can move between two stages. So stage model records the commit that it found, and every later
 stage reads exactly this commit.

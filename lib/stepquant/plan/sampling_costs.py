@@ -13,8 +13,8 @@ from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, 
 from stepquant.plan.workload import ExpertRun, Workload
 from stepquant.recipe.variants import REFERENCE
 
-# Values that the VAE's decoder holds per pixel of a frame, counted by benchmarks/linear_memory.py on the meta device
-# (docs/scale.md).
+# Values that the VAE's decoder holds per pixel of a frame, counted once on the meta device; no command of this
+# repository repeats it (docs/scale.md).
 DECODED_VALUES = 5300
 
 
