@@ -62,13 +62,13 @@ def test_prompts_that_are_not_here_are_left_to_the_stages(params):
     here = "is not here"
     assert look_at_prompts(params()) == (
         f"trajectories.manifest: data/calibration/manifest.jsonl {here}, generate.manifest: "
-        f"data/evaluation/manifest.jsonl {here}"
+        f"data/evaluation/manifest.jsonl {here}, trajectories.text_prompts: data/calibration/captions.txt {here}"
     )
 
 
 def test_the_demo_s_prompts_with_the_size_of_the_real_model(params):
     (Path.cwd() / "data").symlink_to(ROOT / "data")
-    assert look_at_prompts(params()).endswith("generate.manifest: 8 prompts")
+    assert look_at_prompts(params()).endswith("generate.manifest: 8 prompts, trajectories.text_prompts: 128 captions")
     file = params(height=("height: 64", "height: 480"), width=("width: 64", "width: 832"))
     with pytest.raises(UserError, match="trajectories.manifest: the picture of prompt calibration_00 has 64 x 64 pix"):
         look_at_prompts(file)

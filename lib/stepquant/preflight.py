@@ -82,7 +82,9 @@ def look_at_prompts(file: Path) -> str:
         check_pictures(prompts, sampling, f"{section}.manifest")
         found.append(f"{section}.manifest: {len(prompts)} prompts")
     text_prompts = parameters.section(file, "trajectories").text_prompts
-    if text_prompts is not None:
+    if text_prompts is not None and not Path(text_prompts).is_file():
+        found.append(f"trajectories.text_prompts: {text_prompts} is not here")
+    elif text_prompts is not None:
         found.append(f"trajectories.text_prompts: {len(read_captions(Path(text_prompts)))} captions")
     return ", ".join(found)
 

@@ -79,7 +79,10 @@ def test_a_large_machine_is_not_warned_of(real):
 
 def test_calibration_that_is_too_thin(real):
     """16 x 512 text tokens over 5,120 channels are 1.6 for each."""
-    expected = "attn2.kv: 1.6 calibration tokens per column, fewer than 4; raise trajectories.calibration_prompts"
+    expected = (
+        "attn2.kv: 1.6 calibration tokens per column, fewer than 4; list captions in a file and name it in "
+        "trajectories.text_prompts, or raise trajectories.calibration_prompts"
+    )
     assert list(table.calibration_warnings(real)) == [f"{name} {expected}" for name in ("high_noise", "low_noise")]
 
 

@@ -12,7 +12,8 @@ def test_few_tokens_per_column_are_warned_of(folder):
     result = folder.run("gptq", *HIGH)
     assert result.exit_code == 0
     warnings = [line for line in result.output.splitlines() if "tokens per column" in line]
-    remedy = "calibration tokens per column, fewer than 4; raise trajectories.calibration_prompts"
+    found, remedy = "calibration tokens per column, fewer than 4;", "raise trajectories.calibration_prompts"
+    captions = {"attn2.kv": "list captions in a file and name it in trajectories.text_prompts, or "}
     sites = {
         "attn1.qkv": 0.1,
         "attn1.out": 0.1,
@@ -22,7 +23,10 @@ def test_few_tokens_per_column_are_warned_of(folder):
         "ffn.up": 0.1,
         "ffn.down": 0.0,
     }
-    assert warnings == [f"warning: gptq@high_noise {site}: {tokens} {remedy}" for site, tokens in sites.items()]
+    assert warnings == [
+        f"warning: gptq@high_noise {site}: {tokens} {found} {captions.get(site, '')}{remedy}"
+        for site, tokens in sites.items()
+    ]
 
 
 def test_a_stage_that_runs_out_of_memory_says_what_to_lower(folder, refused, monkeypatch):
