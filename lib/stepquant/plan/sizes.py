@@ -80,7 +80,7 @@ def trajectories(run: Workload, sampled: bool = True) -> Size:
     if not run.captions:
         return recorded
     captions = run.captions * text * run.itemsize + ARRAY_METADATA + GROUP_METADATA + DIGEST
-    return Size(recorded.bytes + captions, recorded.files + 3)
+    return Size(recorded.bytes + captions, recorded.files + 2 + run.captions)  # a chunk per caption
 
 
 def _samples(run: Workload, expert: ExpertRun, output: int) -> int:
