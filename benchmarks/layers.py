@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.local_compute import local_compute
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.params import Compute
 from stepquant.recipe.site_statistics import SiteStatistics
 
 HELD_OUT = 4096
@@ -111,16 +111,7 @@ def real_layers(root: Path, blocks: list[int]) -> Iterator[Layer]:
     """Every site of some blocks of every expert, from the folder that holds `artifacts` and the source model."""
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
-    compute = Compute(
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        offload="none",
-        executor="local",
-        workers=1,
-        address=None,
-        gpus_per_unit=0,
-    )
+    compute = local_compute()
     for expert in manifest.experts:
         model = open_expert(manifest, expert, compute)
         for index in blocks:

@@ -22,6 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.local_compute import local_compute
 from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
 from stepquant.calibration.recorder import recorded
 from stepquant.calibration.replay_check import ReplayCheck, tolerance
@@ -114,16 +115,7 @@ def largest(check: ReplayCheck) -> float:
 def rows(title: str, source: Path, options: argparse.Namespace) -> None:
     manifest = describe_experts(source, str(source), None)
     for dtype in options.dtypes:
-        compute = Compute(
-            device=options.device,
-            dtype=dtype,
-            threads=1,
-            offload="none",
-            executor="local",
-            workers=1,
-            address=None,
-            gpus_per_unit=0,
-        )
+        compute = local_compute(dtype, options.device)
         with tempfile.TemporaryDirectory() as scratch:
             extra, taken = record(manifest, compute, settings(manifest, options), Path(scratch))
             for expert, kind, found in replayed(manifest, compute, Path(scratch), options.batch):

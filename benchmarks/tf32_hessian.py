@@ -28,12 +28,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.layers import KINDS, SEARCH, Layer, real_layers, seeded_layer
+from benchmarks.local_compute import local_compute
 from benchmarks.recipes import Settings
 from stepquant.calibration.replay import replay_block
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import read_manifest
-from stepquant.params import Compute
 from stepquant.quantize.quantized_layer import layer_output, relative_error
 from stepquant.recipe.factor import factor_site
 from stepquant.recipe.round import round_site
@@ -97,16 +97,7 @@ def seeded(widths: list[int], seeds: int) -> Iterator[tuple[Layer, Tensor]]:
 
 def demo(root: Path, blocks: int) -> Iterator[tuple[Layer, Tensor]]:
     """The sites of the first blocks of each expert with their tokens of all calibration calls, computed in bfloat16."""
-    compute = Compute(
-        device="cpu",
-        dtype="bfloat16",
-        threads=1,
-        offload="none",
-        executor="local",
-        workers=1,
-        address=None,
-        gpus_per_unit=0,
-    )
+    compute = local_compute("bfloat16")
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     manifest = manifest.model_copy(update={"source": str(root / manifest.source)})
     trajectories = Trajectories(root / "artifacts/trajectories.zarr")

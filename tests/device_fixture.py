@@ -12,8 +12,10 @@ from tests.pretend_device import NAME, pretend_device
 
 CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
+ACCELERATORS = [f"{NAME}:1", *CUDA]
 
-@pytest.fixture(params=["cpu", f"{NAME}:1", *CUDA])
+
+@pytest.fixture(params=["cpu", *ACCELERATORS])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if not request.param.startswith(NAME):
         yield request.param

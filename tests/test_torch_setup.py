@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.local_compute import local_compute
 from stepquant import torch_setup
 from stepquant.errors import UserError
-from stepquant.params import Compute
 from stepquant.storage.code_version import code_digest, source_files
 from stepquant.torch_setup import ARITHMETIC, SAMPLING, check_device_name, numerics_versions, prepare_torch
 
@@ -58,16 +58,7 @@ def test_a_prepared_process_is_deterministic_and_precise(before, workspace):
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_cannot_be_used_is_named(device):
-    compute = Compute(
-        device=device,
-        dtype="float32",
-        threads=1,
-        offload="none",
-        executor="local",
-        workers=1,
-        address=None,
-        gpus_per_unit=0,
-    )
+    compute = local_compute(device=device)
     before = torch.is_grad_enabled()
     with pytest.raises(UserError, match=f"compute.device: '{device}' cannot be used here: "):
         prepare_torch(compute)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.local_compute import local_compute
 from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
 from stepquant.calibration.replay import Shard
 from stepquant.calibration.replay_check import departures, tolerance
@@ -17,16 +18,11 @@ from stepquant.models.bins import Bins
 from stepquant.models.prompts import Prompt
 from stepquant.models.sampling import source_pipeline
 from stepquant.models.source import describe_experts
-from stepquant.params import Capture, Compute, Sampling
+from stepquant.params import Capture, Sampling
 from stepquant.storage.zarr_groups import group_metadata
 
 BLOCKS = 3
 SPLITS = ("calibration", "heldout", "validation")
-
-
-def compute(dtype="float32"):
-    where = {"device": "cpu", "offload": "none", "executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}
-    return Compute(dtype=dtype, threads=1, **where)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +36,7 @@ def load(folder, dtype, text=16):
     manifest = describe_experts(folder, str(folder), None)
     settings = {"height": 32, "width": 32, "num_frames": 5, "steps": 2, "flow_shift": 4.0, "max_sequence_length": text}
     sampling = Sampling(**settings, guidance_scale=3.0, guidance_scale_2=3.0)
-    pipe = source_pipeline(manifest, compute(dtype), sampling, folder / "no_scratch")
+    pipe = source_pipeline(manifest, local_compute(dtype), sampling, folder / "no_scratch")
     return SimpleNamespace(manifest=manifest, sampling=sampling, pipe=pipe, dtype=dtype)
 
 
@@ -78,7 +74,15 @@ def capture(model, root, folder, blocks=range(BLOCKS), expert="denoiser"):
     calls = range(len(Trajectories(root).calls(expert)))
     folder.mkdir()
     Shard(
-        expert, model.manifest, root, compute(model.dtype), settings, Bins((high, low)), blocks, calls, previous=None
+        expert,
+        model.manifest,
+        root,
+        local_compute(model.dtype),
+        settings,
+        Bins((high, low)),
+        blocks,
+        calls,
+        previous=None,
     )(folder)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 import stepquant
 from stepquant.checkpoint.writer import write_checkpoint
 from stepquant.models.offload import place_pipeline
-from tests.device_fixture import assert_as_on_cpu
+from tests.device_fixture import ACCELERATORS, assert_as_on_cpu
 
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
 
@@ -42,13 +42,23 @@ def load(checkpoint, device: str = "cpu"):
     return stepquant.load_pipeline(checkpoint, dtype=torch.float32, device=device, **NO_TEXT)
 
 
-@pytest.mark.parametrize("offload", [None, "none", "model", "group"])
-def test_video(device, checkpoint, offload):
-    if device == "cpu" and offload in ("model", "group"):
-        pytest.skip("nothing is offloaded from a CPU")
-    expected = video(load(checkpoint))
-    pipe = place_pipeline(load(checkpoint), device, offload) if offload else load(checkpoint, device)
-    assert_as_on_cpu(video(pipe), expected, device, rtol=0, atol=0.02)
+def test_video_of_a_checkpoint_loaded_onto_the_device(device, checkpoint):
+    assert_as_on_cpu(video(load(checkpoint, device)), video(load(checkpoint)), device, rtol=0, atol=0.02)
+
+
+def test_video_without_offload(device, checkpoint):
+    assert_placed(checkpoint, device, "none")
+
+
+@pytest.mark.parametrize("device", ACCELERATORS, indirect=True)  # compute.offload is refused for a CPU
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_video_with_offload(device, checkpoint, offload):
+    assert_placed(checkpoint, device, offload)
+
+
+def assert_placed(checkpoint, device, offload):
+    pipe = place_pipeline(load(checkpoint), device, offload)
+    assert_as_on_cpu(video(pipe), video(load(checkpoint)), device, rtol=0, atol=0.02)
 
 
 def test_every_tensor_lies_on_the_device(device, checkpoint):

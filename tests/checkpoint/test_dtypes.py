@@ -9,10 +9,10 @@ from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 
 import stepquant
+from benchmarks.local_compute import local_compute
 from stepquant.checkpoint.writer import write_expert
 from stepquant.errors import InvalidInput
 from stepquant.models.source import load_source_pipeline
-from stepquant.params import Compute
 from stepquant.runtime.linear import W4A4Linear
 
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
@@ -172,8 +172,7 @@ def test_any_other_dtype_is_refused(packed_pipeline, dtype, message):
 
 
 def test_the_source_pipeline_of_a_bfloat16_run_decodes_in_float32(tmp_path):
-    where = {"device": "cpu", "offload": "none", "executor": "local", "workers": 1, "address": None, "gpus_per_unit": 0}
-    compute = Compute(dtype="bfloat16", threads=1, **where)
+    compute = local_compute("bfloat16")
     pipe = load_source_pipeline(ROOT / "data/models/wan22-mini", [], compute, tmp_path)
     assert (pipe.transformer.dtype, pipe.transformer_2.dtype, pipe.vae.dtype) == (
         torch.bfloat16,
