@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+# `make test` puts Ray and PEFT into folders of their own (Makefile). Processes that tests start do not find them here.
+# First of all, since diffusers looks for PEFT when it is imported.
+sys.path += [str(Path(sys.prefix) / name) for name in ("ray", "peft")]
+
 from tests.device_fixture import device  # noqa: F401 (a fixture)
 from tests.once import once
 from tests.warm_python import warm_python
 from tests.workspace import Workspace, make_workspace, ray_folder
 
-# `make test` puts Ray and PEFT into folders of their own (Makefile). Processes that tests start do not find them here.
-sys.path += [str(Path(sys.prefix) / name) for name in ("ray", "peft")]
 # Two threads on tensors this small are slower than one, and many times slower when the machine is busy.
 torch.set_num_threads(1)
 
