@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stages._stage import Stage, described_model
+from stages._stage import Stage
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.compute.progress import meter
@@ -64,11 +64,20 @@ class BlockWork:
         (folder / RECORD).write_text(to_json({name: record for name, (_, record) in results.items()}))
 
 
-def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, work: SiteWork, **extra: Any) -> None:
+def run_blocks(
+    stage: Stage,
+    manifest: ModelManifest,
+    expert: str,
+    sources: dict[str, Path],
+    out: Path,
+    work: SiteWork,
+    **extra: Any,
+) -> None:
     """Do some work for every site of every block of an expert, and gather the blocks into the out of the stage.
 
     Args:
         stage: The open stage.
+        manifest: The source model.
         expert: Name of the expert.
         sources: Name -> artifact that the work reads. Its manifest.json has the digests of its blocks.
         out: The out.
@@ -79,7 +88,6 @@ def run_blocks(stage: Stage, expert: str, sources: dict[str, Path], out: Path, w
     Raises:
         UserError: An artifact is missing or damaged, or the work reports an error.
     """
-    manifest = described_model()
     digests = {name: read_json(folder / "manifest.json")["blocks"] for name, folder in sources.items()}
     tasks, blocks, workers = {}, manifest.expert(expert).blocks, stage["compute"].workers
     for index in range(blocks):

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import _artifacts as artifacts
 from stages._blocks import run_blocks
-from stages._stage import Expert, ParamsFile, Place, open_stage
+from stages._stage import Expert, ParamsFile, Place, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
@@ -34,7 +34,8 @@ def clip(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
         }
         edges = read_json(sources["activations"] / "manifest.json")["bin_edges"]
         settings = ClipSettings(stage["format"], stage["clip"])
-        run_blocks(stage, expert, sources, artifacts.clip(expert), partial(search_clip, settings), bin_edges=edges)
+        work = partial(search_clip, settings)
+        run_blocks(stage, described_model(), expert, sources, artifacts.clip(expert), work, bin_edges=edges)
 
 
 def search_clip(settings: ClipSettings, block: StoredBlock, site: Site) -> tuple[ClipTable, dict[str, Any]]:

@@ -29,10 +29,12 @@ def gptq(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     """
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         sources = {"activations": artifacts.activations(expert), "lowrank": artifacts.lowrank(expert)}
-        for site in described_model().expert(expert).ordered_sites:
+        manifest = described_model()
+        for site in manifest.expert(expert).ordered_sites:
             warn_of_few_tokens(expert, site)
         settings = RoundSettings(stage["format"], stage["lowrank"], stage["gptq"])
-        run_blocks(stage, expert, sources, artifacts.residual(expert), partial(round_residual, settings, expert))
+        work = partial(round_residual, settings, expert)
+        run_blocks(stage, manifest, expert, sources, artifacts.residual(expert), work)
 
 
 def round_residual(

@@ -4,40 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepquant.calibration.captions import CAPTIONS_PER_BATCH, CaptionInputs, caption_calls
-from stepquant.calibration.replay import BlockObservers, cut_ranges, load_glue, replay_block, replayed_calls
+from stepquant.calibration.replay import BlockObservers, ReplayWork, cut_ranges, load_glue, replay_block, replayed_calls
 from stepquant.calibration.sampling_plan import SamplingPlan
 from stepquant.calibration.statistics_files import block_name
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.models.bins import Bins
 from stepquant.models.expert import open_expert
-from stepquant.models.manifest import ModelManifest
-from stepquant.params import Capture, Compute
 
 
 @dataclass(frozen=True)
-class CaptionShard:
+class CaptionShard(ReplayWork):
     """The work of one unit: all captions through one range of blocks. It needs no other unit.
 
     Its files are those of a `Shard`, for the sites that read text alone. A site's input does not depend on the hidden
     states, so no block waits for another, and the blocks of a range run on a video of one patch.
-
-    Attributes:
-        expert: name of the expert.
-        manifest: the source model.
-        trajectories: the artifact with the recorded calls and captions.
-        compute: device and dtype.
-        capture: how many tokens are kept.
-        bins: the expert's bins.
-        blocks: indices of the blocks.
     """
-
-    expert: str
-    manifest: ModelManifest
-    trajectories: Path
-    compute: Compute
-    capture: Capture
-    bins: Bins
-    blocks: range
 
     def __call__(self, folder: Path) -> None:
         """Run the blocks on the captions and write the unit's files.

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,8 +49,8 @@ def cut_ranges(count: int, size: int) -> list[range]:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The work of one unit: some of an expert's calls through one range of blocks.
+class ReplayWork:
+    """What every unit of a replay is told.
 
     Attributes:
         expert: name of the expert.
@@ -61,8 +60,6 @@ class Shard:
         capture: how the work is divided, and how many tokens are kept.
         bins: the expert's bins.
         blocks: indices of the blocks.
-        calls: indices of the calls.
-        previous: folder of the unit with the same calls and the block range before; None for the first range.
     """
 
     expert: str
@@ -72,6 +69,17 @@ class Shard:
     capture: Capture
     bins: Bins
     blocks: range
+
+
+@dataclass(frozen=True)
+class Shard(ReplayWork):
+    """The work of one unit: some of an expert's calls through one range of blocks.
+
+    Attributes:
+        calls: indices of the calls.
+        previous: folder of the unit with the same calls and the block range before; None for the first range.
+    """
+
     calls: range
     previous: Path | None
 
@@ -146,19 +154,6 @@ def _batches(
         yield positions, found.with_hidden_states(hidden.get(n))
 
 
-class ObservedWork(Protocol):
-    """What the observers have to know of a unit of work; the attributes are those of `Shard`."""
-
-    @property
-    def expert(self) -> str: ...
-    @property
-    def manifest(self) -> ModelManifest: ...
-    @property
-    def capture(self) -> Capture: ...
-    @property
-    def bins(self) -> Bins: ...
-
-
 class BlockObservers:
     """The statistics of one block's sites over the calls of one unit of work.
 
@@ -171,7 +166,7 @@ class BlockObservers:
     """
 
     def __init__(
-        self, work: ObservedWork, block: int, calls: list[Call], captions: list[Call], plans: dict[str, SamplingPlan]
+        self, work: ReplayWork, block: int, calls: list[Call], captions: list[Call], plans: dict[str, SamplingPlan]
     ):
         self.work, self.block, self.plans = work, block, plans
         self.recorded, self.calls = len(calls), calls + captions

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from stepquant.errors import InvalidInput
+from stepquant.models.configs import read_config
 from stepquant.models.weights import Weights
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 from stepquant.runtime.linear import W4A4Linear
-from stepquant.storage.json_files import read_config
 
 
 def read_settings(folder: Path) -> QuantizationSettings:

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from stepquant.checkpoint.guards import separate_disk_offload
 from stepquant.checkpoint.quantizer import register
 from stepquant.errors import InvalidInput, MissingFile
+from stepquant.models.configs import read_config
 from stepquant.models.weights import open_weights
-from stepquant.storage.json_files import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = torch.dtype | str

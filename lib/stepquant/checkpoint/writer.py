@@ -19,11 +19,11 @@ from stepquant.checkpoint.packed import PackedLinear
 from stepquant.checkpoint.rest import stored_dtype
 from stepquant.checkpoint.scheduler import with_flow_shift
 from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint, UserError
+from stepquant.models.configs import read_config
 from stepquant.models.families import find_denoiser
 from stepquant.models.weights import PICKLE_SUFFIXES, Weights, open_weights
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.atomic import finished_folder_or_absent, sync, sync_tree
-from stepquant.storage.json_files import read_config
 
 STEM = "diffusion_pytorch_model"
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint, UserError
+from stepquant.models.configs import read_config
 from stepquant.models.families import find_denoiser, find_family
 from stepquant.models.native_names import diffusers_key
 from stepquant.models.weights import PICKLE_SUFFIXES, TensorInfo, open_weights, read_header
 from stepquant.storage.atomic import finished_folder_or_absent, sync, sync_tree
-from stepquant.storage.json_files import read_config
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 4_000_000_000  # in memory at a time

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint, UserError
-from stepquant.models.fused_weights import FusedWeights
-from stepquant.models.lora_file import read_lora
+from stepquant.models.loras.file import read_lora
+from stepquant.models.loras.fused_weights import FusedWeights
 from stepquant.models.weights import open_weights
 from tests.lora_files import (
     ALL_IN_BLOCK,

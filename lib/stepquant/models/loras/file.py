@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stepquant.errors import InvalidInput, MissingFile, UnsupportedCheckpoint
-from stepquant.models.fused_weights import Difference, LowRankUpdate, Update
-from stepquant.models.lora_config import config_scale, read_config
+from stepquant.models.loras.config import config_scale, read_config
+from stepquant.models.loras.fused_weights import Difference, LowRankUpdate, Update
 from stepquant.models.native_names import module_spellings
 from stepquant.models.weights import TensorInfo, Weights, read_header
 

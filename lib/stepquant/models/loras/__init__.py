@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.errors import InvalidInput, MissingFile, UserError
-from stepquant.models.fused_weights import FusedWeights, Update
-from stepquant.models.lora_config import config_file
-from stepquant.models.lora_file import read_lora
+from stepquant.models.loras.config import config_file
+from stepquant.models.loras.file import read_lora
+from stepquant.models.loras.fused_weights import FusedWeights, Update
 from stepquant.models.manifest import ExpertManifest, LoraManifest, ModelManifest
 from stepquant.models.weights import Weights, open_weights
 from stepquant.params import Lora
