@@ -5,6 +5,7 @@ from pathlib import Path
 ROOT = Path("artifacts")
 MODEL = ROOT / "model" / "manifest.json"
 TRAJECTORIES = ROOT / "trajectories.zarr"
+SCHEDULE = ROOT / "schedule.json"
 REPORT = ROOT / "report"
 METRICS = ROOT / "metrics"
 HEADLINES = Path("metrics.json")
@@ -24,6 +25,10 @@ def residual(expert: str) -> Path:
 
 def clip(expert: str) -> Path:
     return ROOT / "clip" / expert
+
+
+def sensitivity(expert: str) -> Path:
+    return ROOT / "sensitivity" / expert
 
 
 def checkpoint(variant: str) -> Path:

@@ -76,6 +76,8 @@ class Packer:
         low, high = self.described.t_range
         clip = read_json(self.folders["clip"] / "manifest.json") if variant.clip else {"bin_edges": [high, low]}
         self.edges = tuple(clip["bin_edges"])
+        self.schedule = read_schedule(artifacts.SCHEDULE) if variant.scheduled else None
+        self.expert = expert
 
     def settings(self) -> QuantizationSettings:
         """The quantization_config of this expert."""

@@ -15,7 +15,20 @@ from stepquant.command_runner import command
 from stepquant.errors import UserError
 from stepquant.storage.atomic import write_text
 
-STAGES = ("model", "trajectories", "capture", "lowrank", "gptq", "clip", "pack", "generate", "evaluate", "report")
+STAGES = (
+    "model",
+    "trajectories",
+    "capture",
+    "lowrank",
+    "gptq",
+    "clip",
+    "sensitivity",
+    "schedule",
+    "pack",
+    "generate",
+    "evaluate",
+    "report",
+)
 
 app = typer.Typer(
     no_args_is_help=True,

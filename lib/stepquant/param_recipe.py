@@ -111,6 +111,17 @@ class Gptq(Section):
         return value
 
 
+class Precision(Section):
+    """The precision schedule.
+
+    Attributes:
+        activation_budget: Share of the multiply-adds of a sampled video's quantized linears that may take 8-bit
+            activations; 0 leaves all in 4 bits.
+    """
+
+    activation_budget: UnitInterval
+
+
 class Clip(Section):
     """Candidates of the clipping search.
 

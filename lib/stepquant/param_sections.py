@@ -195,6 +195,22 @@ class Capture(Section):
     seed: NonNegative
 
 
+class Sensitivity(Section):
+    """How the effect of rounding errors on the denoiser's output is measured.
+
+    Attributes:
+        prompts: Calibration prompts whose steps are measured.
+        steps_per_bin: Recorded steps per prompt and bin; null for all.
+        probes: Random probes of the output per step.
+        seed: Seed of the probes.
+    """
+
+    prompts: Positive
+    steps_per_bin: Positive | None
+    probes: Positive
+    seed: NonNegative
+
+
 class Generate(Section):
     """The evaluation prompts.
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepquant.errors import MissingFile, UserError
-from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth
+from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Precision, Rotate, Smooth
 from stepquant.param_sections import (
     Bins,
     Capture,
@@ -22,6 +22,7 @@ from stepquant.param_sections import (
     Model,
     Report,
     Sampling,
+    Sensitivity,
     Storage,
     Trajectories,
 )
@@ -42,9 +43,11 @@ __all__ = [
     "Lora",
     "LowRank",
     "Model",
+    "Precision",
     "Report",
     "Rotate",
     "Sampling",
+    "Sensitivity",
     "Smooth",
     "Storage",
     "Trajectories",
@@ -70,6 +73,8 @@ SECTIONS: dict[str, Any] = {
     "lowrank": LowRank,
     "gptq": Gptq,
     "clip": Clip,
+    "sensitivity": Sensitivity,
+    "precision": Precision,
     "generate": Generate,
     "evaluate": Evaluate,
     "report": Report,

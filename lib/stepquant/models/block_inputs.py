@@ -136,7 +136,7 @@ class BlocksStandIn(nn.Module):
 
 @dataclass(frozen=True)
 class Glue:
-    """What a denoiser does before its first and after its last block.
+    """What a denoiser does before its first and after its last block. Its parameters take no gradients.
 
     Attributes:
         model: the denoiser, with a stand-in in the place of its blocks.
@@ -154,7 +154,6 @@ class Glue:
     dtype: torch.dtype
     device: torch.device | str
 
-    @torch.no_grad()
     def inputs(self, arguments: Mapping[str, Tensor]) -> BlockInputs:
         """The first block's arguments for B recorded calls.
 
@@ -169,7 +168,6 @@ class Glue:
             return BlockInputs(found[self.carried], self.carried, others)
         raise AssertionError("the denoiser's forward never reached its blocks")
 
-    @torch.no_grad()
     def output(self, arguments: Mapping[str, Tensor], hidden_states: Tensor) -> Tensor:
         """The denoiser's output for B recorded calls.
 

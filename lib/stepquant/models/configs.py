@@ -8,6 +8,8 @@ from typing import Any
 
 from stepquant.errors import DamagedFile, InvalidInput, MissingFile
 
+SCHEDULER = "scheduler/scheduler_config.json"
+
 
 def read_config(file: Path, *keys: str) -> dict[str, Any]:
     """Read a JSON file of a diffusers pipeline that must have the given keys.

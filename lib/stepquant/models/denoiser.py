@@ -50,7 +50,7 @@ class Denoiser:
         stand_in = BlocksStandIn(type(self._empty_block()))
         setattr(model, self._stack.attribute, nn.ModuleList([stand_in]))
         return Glue(
-            model.to(self.device).eval(),
+            model.to(self.device).eval().requires_grad_(False),
             stand_in,
             self._stack.carried,
             self.description.timestep,
@@ -59,12 +59,16 @@ class Denoiser:
         )
 
     def block(self, index: int) -> nn.Module:
-        """Block `index` in evaluation mode. Raises UserError if weights and config.json differ."""
+        """Block `index` in evaluation mode, without gradients of its parameters.
+
+        Raises:
+            UserError: weights and config.json differ.
+        """
         block = self._empty_block()
         prefix = f"{self._stack.attribute}.{index}."
         tensors = {key.removeprefix(prefix): self._tensor(key) for key in self.weights if key.startswith(prefix)}
         self._load(block, tensors)
-        return block.to(self.device).eval()
+        return block.to(self.device).eval().requires_grad_(False)
 
     def _empty_block(self) -> nn.Module:
         """A block without weights."""

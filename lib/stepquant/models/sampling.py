@@ -57,6 +57,11 @@ def set_flow_shift(pipe: Any, flow_shift: float) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: flow_shift})
 
 
+def guidance(sampling: Sampling, expert: int) -> float:
+    """Scale of classifier-free guidance of the first (0) or second (1) expert."""
+    return (sampling.guidance_scale, sampling.guidance_scale_2)[expert]
+
+
 def sample(
     pipe: Any,
     sampling: Sampling,

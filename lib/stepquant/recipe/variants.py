@@ -21,6 +21,7 @@ class Variant:
         gptq: Codes by GPTQ with the refitted branch; else rounded to nearest.
         activations: Quantized activations; else BF16.
         clip: One clip per site for all bins ("single"), one per site and bin ("per_bin"), or none.
+        scheduled: 8-bit activations where the precision schedule says so.
     """
 
     description: str
@@ -28,6 +29,7 @@ class Variant:
     gptq: bool
     activations: bool
     clip: Literal["single", "per_bin"] | None
+    scheduled: bool = False
 
 
 # In the order of tables and figures, after the reference.
@@ -74,6 +76,14 @@ VARIANTS = {
         gptq=True,
         activations=True,
         clip="per_bin",
+    ),
+    "scheduled": Variant(
+        "full with 8-bit activations where their rounding errors reach the video most (precision.activation_budget).",
+        low_rank=True,
+        gptq=True,
+        activations=True,
+        clip="per_bin",
+        scheduled=True,
     ),
 }
 DESCRIPTIONS = {REFERENCE: "The source model, the reference of all comparisons."} | {

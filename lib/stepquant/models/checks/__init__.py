@@ -20,14 +20,12 @@ from stepquant.models.checks.reach import Specs, check_experts, check_reached
 from stepquant.models.checks.scheduler import check_scheduler, sampler_timesteps
 from stepquant.models.checks.sizes import check_guidance, check_sizes, check_text, check_vae, check_widths
 from stepquant.models.checks.tensors import check_tensors
-from stepquant.models.configs import located, read_config
+from stepquant.models.configs import SCHEDULER, located, read_config
 from stepquant.models.families import find_family
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.pictures import SMALLEST_AREA, read_picture, too_small
 from stepquant.models.prompts import Prompt
 from stepquant.params import Sampling
-
-SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def check_source(folder: Path) -> None:

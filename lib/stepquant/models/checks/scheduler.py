@@ -33,7 +33,7 @@ def sampler_timesteps(config: Mapping[str, Any], steps: int, shift: float) -> li
     Raises:
         InvalidInput: the scheduler cannot be built, or cannot be set to this number of steps.
     """
-    return [float(t) for t in _scheduler(config, steps, shift).timesteps]
+    return [float(t) for t in build_scheduler(config, steps, shift).timesteps]
 
 
 def check_scheduler(config: Mapping[str, Any], steps: int, shift: float) -> None:
@@ -68,7 +68,7 @@ def check_scheduler(config: Mapping[str, Any], steps: int, shift: float) -> None
 
 def _check_flow(config: Mapping[str, Any], steps: int, shift: float, t: list[float]) -> None:
     """Sample with the exact velocity (see above)."""
-    name, scheduler = config.get("_class_name"), _scheduler(config, steps, shift)
+    name, scheduler = config.get("_class_name"), build_scheduler(config, steps, shift)
     if steps > 1 and t[0] == t[1]:
         raise InvalidInput(
             f"sampling.steps: {steps} steps with sampling.flow_shift {shift:g} begin with t = {t[0]:g} twice, between "
@@ -85,7 +85,7 @@ def _check_flow(config: Mapping[str, Any], steps: int, shift: float, t: list[flo
     x0, noise = torch.randn(2, 1, 4, 2, 4, 4, generator=generator, dtype=torch.float64)
     latents, velocity = (1 - sigmas[0]) * x0 + sigmas[0] * noise, noise - x0
     for i, step in enumerate(scheduler.timesteps):
-        latents = _step(scheduler, velocity, step, latents)
+        latents = scheduler_step(scheduler, velocity, step, latents)
         away = (latents - ((1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * noise)).abs().max().item()
         if not away <= TOLERANCE:
             does = "gives NaN" if math.isnan(away) else "leaves the flow"
@@ -96,7 +96,7 @@ def _check_flow(config: Mapping[str, Any], steps: int, shift: float, t: list[flo
             )
 
 
-def _step(scheduler: Any, velocity: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def scheduler_step(scheduler: Any, velocity: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """One step as a pipeline makes it, without a generator: a scheduler that adds noise draws from torch's own."""
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -108,7 +108,7 @@ def _step(scheduler: Any, velocity: torch.Tensor, t: torch.Tensor, latents: torc
     return stepped
 
 
-def _scheduler(config: Mapping[str, Any], steps: int, shift: float) -> Any:
+def build_scheduler(config: Mapping[str, Any], steps: int, shift: float) -> Any:
     """The scheduler with its timesteps set as the pipelines set them: `set_timesteps(steps)` and nothing else."""
     import diffusers
 
