@@ -98,6 +98,8 @@ class Packer:
             rotations=rotations,
             bin_edges=self.edges,
             targets=tuple(targets),
+            eight_bit_format=None,
+            eight_bit_bins={},
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:

@@ -190,8 +190,8 @@ def test_wrong_dtype(damaged):
 
 
 def test_another_version(damaged):
-    with pytest.raises(UnsupportedCheckpoint, match="version is 1, written by an older stepquant"):
-        damaged(version=1)
+    with pytest.raises(UnsupportedCheckpoint, match="version is 2, written by an older stepquant"):
+        damaged(version=2)
 
 
 def test_target_that_is_no_module(damaged):

@@ -8,15 +8,15 @@ from stepquant.formats import check_finite, get_format, pack_nibbles, unpack_nib
 from tests.formats.inputs import heavy_tailed
 
 
-@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nvfp4", "int8", "mxfp8"])
 def test_scales_codes_and_values(device, name):
     fmt, W = get_format(name), heavy_tailed(1.0)
     expected, found = weight_scales(fmt, W, rounding="ceil"), weight_scales(fmt, W.to(device), rounding="ceil")
     codes = fmt.encode(W.to(device), found)
-    packed = pack_nibbles(codes)
+    stored = unpack_nibbles(pack_nibbles(codes)) if fmt.code_bits == 4 else codes
     pairs = [
         (found.group.float(), expected.group.float()),
-        (unpack_nibbles(packed), fmt.encode(W, expected)),
+        (stored, fmt.encode(W, expected)),
         (fmt.decode(codes, found), fmt.decode(fmt.encode(W, expected), expected)),
         (fmt.fake_quantize(W.to(device), clip=0.8), fmt.fake_quantize(W, clip=0.8)),
         (fmt.fake_quantize(W.to(device), clip=torch.tensor([0.8], device=device)), fmt.fake_quantize(W, clip=0.8)),

@@ -4,18 +4,40 @@ import pytest
 import torch
 
 from stepquant.errors import UserError
-from stepquant.formats import check_finite, check_groups, get_format, nvfp4_tensor_scale, weight_scales
+from stepquant.formats import (
+    check_finite,
+    check_groups,
+    eight_bit_partner,
+    four_bit_names,
+    get_format,
+    nvfp4_tensor_scale,
+    weight_scales,
+)
 
 from .inputs import MAGNITUDES, heavy_tailed
 
-NAMES = ["int4", "mxfp4", "nvfp4"]
+NAMES = ["int4", "mxfp4", "nvfp4", "int8", "mxfp8"]
 every_format = pytest.mark.parametrize("fmt", [get_format(name) for name in NAMES], ids=NAMES)
 
 
 def test_names_groups_and_bits():
     facts = {name: (get_format(name).name, get_format(name).group, get_format(name).bits) for name in NAMES}
-    # 4 + scale bits / group: 16/64, 8/32, 8/16
-    assert facts == {"int4": ("int4", 64, 4.25), "mxfp4": ("mxfp4", 32, 4.25), "nvfp4": ("nvfp4", 16, 4.5)}
+    # bits of a code + scale bits / group: 16/64, 8/32, 8/16
+    assert facts == {
+        "int4": ("int4", 64, 4.25),
+        "mxfp4": ("mxfp4", 32, 4.25),
+        "nvfp4": ("nvfp4", 16, 4.5),
+        "int8": ("int8", 64, 8.25),
+        "mxfp8": ("mxfp8", 32, 8.25),
+    }
+
+
+def test_partners():
+    assert four_bit_names() == ("int4", "mxfp4", "nvfp4")
+    partners = {name: eight_bit_partner(get_format(name)).name for name in four_bit_names()}
+    assert partners == {"int4": "int8", "mxfp4": "mxfp8", "nvfp4": "mxfp8"}
+    with pytest.raises(UserError, match="'int8' has no 8-bit partner; allowed: int4, mxfp4, nvfp4"):
+        eight_bit_partner(get_format("int8"))
 
 
 def test_unknown_format_names_the_known_ones():
@@ -30,7 +52,7 @@ def test_fake_quantize_is_encode_then_decode(fmt, dtype, clip):
     x = heavy_tailed(1.0, dtype)
     scales = fmt.scales(x, clip=clip)
     codes = fmt.encode(x, scales)
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape and codes.max() <= 15
+    assert codes.dtype == torch.uint8 and codes.shape == x.shape and codes.max().item() < 2**fmt.code_bits
     quantized = fmt.fake_quantize(x, clip=clip)
     assert quantized.dtype == dtype
     assert torch.equal(quantized, fmt.decode(codes, scales).to(dtype))
@@ -61,8 +83,9 @@ def test_rounds_to_the_nearest_decodable_value(fmt):
     """Exhaustive: no other code of the group is nearer to any value."""
     x = heavy_tailed(1.0)[24:28]
     scales = fmt.scales(x)
-    every_code = torch.stack([fmt.decode(torch.full(x.shape, c, dtype=torch.uint8), scales) for c in range(16)])
-    nearest = (every_code - x).abs().amin(0)
+    codes = range(2**fmt.code_bits)
+    every_code = torch.stack([fmt.decode(torch.full(x.shape, c, dtype=torch.uint8), scales) for c in codes])
+    nearest = (every_code - x).abs().nan_to_num(torch.inf).amin(0)  # E4M3 has two codes for NaN
     assert torch.equal((fmt.fake_quantize(x) - x).abs(), nearest)
 
 

@@ -7,10 +7,21 @@ from stepquant.errors import InvalidInput, UnsupportedCheckpoint, UserError
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
 
 TARGETS = ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2")
-SETTINGS = QuantizationSettings("nvfp4", "mxfp4", "ceil", 16, True, {TARGETS[1]: 64}, (1000.0, 950.0, 900.0), TARGETS)
+SETTINGS = QuantizationSettings(
+    "nvfp4",
+    "mxfp4",
+    "ceil",
+    16,
+    True,
+    {TARGETS[1]: 64},
+    (1000.0, 950.0, 900.0),
+    TARGETS,
+    eight_bit_format="mxfp8",
+    eight_bit_bins={TARGETS[1]: (1,)},
+)
 CONFIG = {
     "quant_method": "stepquant",
-    "version": 2,
+    "version": 3,
     "weight_format": "nvfp4",
     "activation_format": "mxfp4",
     "activation_rounding": "ceil",
@@ -19,7 +30,10 @@ CONFIG = {
     "rotations": {"blocks.0.ffn.net.2": 64},
     "bin_edges": [1000.0, 950.0, 900.0],
     "targets": ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"],
+    "eight_bit_format": "mxfp8",
+    "eight_bit_bins": {"blocks.0.ffn.net.2": [1]},
 }
+NO_EIGHT_BITS = {"eight_bit_format": None, "eight_bit_bins": {}}
 
 
 def test_config_is_the_documented_one():
@@ -32,15 +46,29 @@ def test_config_survives_json():
 
 
 def test_weights_only():
-    settings = QuantizationSettings.from_config(CONFIG | {"activation_format": None})
+    settings = QuantizationSettings.from_config(CONFIG | NO_EIGHT_BITS | {"activation_format": None})
     assert settings.activation_format is None
+
+
+@pytest.mark.parametrize(
+    ("activation", "eight_bits"), [("int4", "int8"), ("mxfp4", "mxfp8"), ("nvfp4", "mxfp8")], ids=lambda name: name
+)
+def test_the_eight_bit_format_belongs_to_that_of_the_activations(activation, eight_bits):
+    config = CONFIG | {"activation_format": activation, "eight_bit_format": eight_bits}
+    assert QuantizationSettings.from_config(config).to_config() == config
+    for other in {"int8", "mxfp8", "int4", "fp8"} - {eight_bits}:
+        message = f"eight_bit_format is '{other}'; allowed beside {activation} activations: '{eight_bits}', or null"
+        with pytest.raises(InvalidInput, match=message):
+            QuantizationSettings.from_config(config | {"eight_bit_format": other})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_format": "int8"}, "'int8' does not exist; allowed: int4, mxfp4, nvfp4"),
-        ({"activation_format": "fp8"}, "'fp8' does not exist"),
+        ({"weight_format": "int8"}, "weight_format is 'int8'; allowed: int4, mxfp4, nvfp4$"),
+        ({"weight_format": ["int4"]}, r"weight_format is \['int4'\]; allowed: int4, mxfp4, nvfp4"),
+        ({"activation_format": "mxfp8"}, "activation_format is 'mxfp8'; allowed: int4, mxfp4, nvfp4"),
+        ({"activation_format": "fp8"}, "activation_format is 'fp8'; allowed"),
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
         ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
         ({"rank": "16"}, "rank is '16'"),
@@ -57,6 +85,18 @@ def test_weights_only():
         ({"targets": ["a", "a"]}, "none twice"),
         ({"targets": [1]}, "module paths"),
         ({"targets": "blocks"}, "targets is 'blocks'; expected a list"),
+        (
+            {"eight_bit_format": None},
+            "eight_bit_bins has targets, but eight_bit_format is null; allowed: both",
+        ),
+        ({"eight_bit_bins": {}}, "eight_bit_format is 'mxfp8', but eight_bit_bins has no target"),
+        ({"activation_format": None}, "but activation_format is null, so that activations stay unquantized"),
+        ({"eight_bit_bins": [1]}, r"eight_bit_bins are \[1\]; allowed: a list of bin indices by module path"),
+        ({"eight_bit_bins": {"blocks.1.ffn.net.2": [1]}}, "name 'blocks.1.ffn.net.2', which is not in targets"),
+        *(
+            ({"eight_bit_bins": {"blocks.0.ffn.net.2": bins}}, "net.2' are .*; allowed: rising .*, of 0 to 1")
+            for bins in ([], [2], [-1], [1, 0], [1, 1], [True], [0.0], ["0"], 1, "1", None)
+        ),
         ({"group_size": 16}, "unknown group_size; allowed: activation_format"),
     ],
 )
@@ -69,8 +109,9 @@ def test_wrong_config(change, message):
     ("change", "message"),
     [
         ({"quant_method": "svdquant"}, "quant_method is 'svdquant'; allowed: 'stepquant'"),
-        ({"version": 3}, "version is 3; this stepquant reads version 2: install the stepquant that wrote"),
-        ({"version": None}, "version is None; this stepquant reads version 2"),
+        ({"version": 4}, "version is 4; this stepquant reads version 3: install the stepquant that wrote"),
+        ({"version": 0}, "version is 0; this stepquant reads version 3"),
+        ({"version": None}, "version is None; this stepquant reads version 3"),
     ],
 )
 def test_other_methods_and_versions(change, message):
@@ -78,13 +119,14 @@ def test_other_methods_and_versions(change, message):
         QuantizationSettings.from_config(CONFIG | change)
 
 
-def test_version_1_names_the_remedy():
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_versions_name_the_remedy(version):
     """Version 1 had `centred` in place of `mean_subtraction`: the version is refused before any key is read."""
-    old = {key: value for key, value in CONFIG.items() if key != "mean_subtraction"} | {"version": 1, "centred": True}
+    old = {k: v for k, v in CONFIG.items() if k != "mean_subtraction"} | {"version": version, "centred": True}
     with pytest.raises(UnsupportedCheckpoint) as caught:
         QuantizationSettings.from_config(old)
     assert str(caught.value) == (
-        "quantization_config: version is 1, written by an older stepquant; this one reads version 2: "
+        f"quantization_config: version is {version}, written by an older stepquant; this one reads version 3: "
         "write the checkpoint again with stage pack (dvc repro)"
     )
 

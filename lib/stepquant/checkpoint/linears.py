@@ -44,7 +44,8 @@ def read_linear(weights: Weights, settings: QuantizationSettings, target: str, d
     N, half_K = weights.shape(f"{target}.qweight")
     K = 2 * half_K
     has_bias = f"{target}.bias" in weights
-    linear = W4A4Linear(K, N, has_bias, settings, device, rotation=settings.rotations.get(target, 0))
+    rotation, eight_bit_bins = settings.rotations.get(target, 0), settings.eight_bit_bins.get(target, ())
+    linear = W4A4Linear(K, N, has_bias, settings, device, rotation, eight_bit_bins)
     for name in linear_layout(settings, N, K):
         setattr(linear, name, weights.get(f"{target}.{name}").to(device))
     if has_bias:

@@ -130,9 +130,14 @@ def _replace_linear(model: nn.Module, target: str, settings: QuantizationSetting
     if not isinstance(linear, nn.Linear):
         raise InvalidInput(f"quantization_config: target {target!r} is a {type(linear).__name__}; expected a linear")
     has_bias = linear.bias is not None or settings.mean_subtraction
-    rotation = settings.rotations.get(target, 0)
     quantized = W4A4Linear(
-        linear.in_features, linear.out_features, has_bias, settings, device="meta", rotation=rotation
+        linear.in_features,
+        linear.out_features,
+        has_bias,
+        settings,
+        device="meta",
+        rotation=settings.rotations.get(target, 0),
+        eight_bit_bins=settings.eight_bit_bins.get(target, ()),
     )
     setattr(model.get_submodule(owner), name, quantized)
 

@@ -1,8 +1,9 @@
-"""What the 4-bit formats have in common: the scale record, the Format interface, and the checks of their inputs.
+"""What the formats have in common: the scale record, the Format interface, and the checks of their inputs.
 
 Storage contract of every format: a tensor x [..., K] is divided along its last dimension into K/g groups of g adjacent
-values. Each value is stored as one 4-bit code, each group as one scale; a value is element(code) * scale, where scale
-is the real value of the group's scale. Codes are uint8 [..., K] (0..15) until `pack_nibbles` puts two into a byte.
+values. Each value is stored as one code of 4 or 8 bits, each group as one scale; a value is element(code) * scale,
+where scale is the real value of the group's scale. Codes are uint8 [..., K], 0..15 or 0..255; `pack_nibbles` puts two
+4-bit codes into a byte.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,8 @@ class Scales:
     """Scales of a tensor [..., K] as they are stored.
 
     Attributes:
-        group: [..., K/g] in the format's own dtype (int4 bfloat16, mxfp4 uint8 that holds E8M0, nvfp4 float8_e4m3fn).
+        group: [..., K/g] in the format's own dtype (int4 and int8 bfloat16, mxfp4 and mxfp8 uint8 that
+            holds E8M0, nvfp4 float8_e4m3fn).
         tensor: float32 scalar [] that multiplies every group scale; nvfp4 only, None in the other formats.
     """
 
@@ -32,8 +34,9 @@ class ScaleOptions(TypedDict, total=False):
     """Keyword arguments of `Format.scales` and `Format.fake_quantize`, all optional.
 
     clip: multiplies each group's largest magnitude; a float or a tensor broadcastable to [..., K/g]. Default 1.
-    exponent_offset: added to the E8M0 exponent; an int or an integer tensor broadcastable to [..., K/g]. mxfp4 only.
-    rounding: how mxfp4 turns the magnitude into a power of two, "floor" or "ceil" (default). Other formats ignore it.
+    exponent_offset: added to the E8M0 exponent; an int or an integer tensor broadcastable to [..., K/g]. mxfp4
+        and mxfp8 only.
+    rounding: how these turn the magnitude into a power of two, "floor" or "ceil" (default). Other formats ignore it.
     tensor: the per-tensor scale, float32 []; nvfp4 only, where None means 1.
     amax: the largest magnitudes from `Format.amax`, if they are known already.
     """
@@ -46,11 +49,12 @@ class ScaleOptions(TypedDict, total=False):
 
 
 class Format(ABC):
-    """A 4-bit number format with one scale per group. Instances hold no state; `get_format` returns one by name.
+    """A number format with one scale per group. Instances hold no state; `get_format` returns one by name.
 
     Attributes:
-        name: as in params.yaml.
+        name: as in params.yaml and in a checkpoint.
         group: number of values that have one scale in common.
+        code_bits: bits of a code, 4 or 8. A weight is stored in a format of 4.
         bits: storage per value, group scale included.
         scale_dtype: dtype of a stored group scale.
         has_tensor_scale: whether one more scale multiplies the whole tensor.
@@ -59,6 +63,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     group: ClassVar[int]
+    code_bits: ClassVar[int]
     bits: ClassVar[float]
     scale_dtype: ClassVar[torch.dtype]
     has_tensor_scale: ClassVar[bool] = False
@@ -86,7 +91,7 @@ class Format(ABC):
         """The per-tensor scale for x, float32 [], or None where the format has none."""
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
-        """Codes (uint8, 0..15) of x [..., K]: round to nearest, ties to the even code, saturating."""
+        """Codes (uint8, below 2^code_bits) of x [..., K]: round to nearest, ties to the even code, saturating."""
         return self.encode_scaled(self._divide(self._grouped(x.float()), scales)).flatten(-2)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepquant.formats.base import Format
+from stepquant.formats.round_float import round_float
 
 E2M1_MAX = 6.0
 
@@ -17,19 +18,10 @@ E2M1_MAX = 6.0
 _BIAS_GAP = 15 - 1
 _MANTISSA_GAP = 10 - 1
 
-_FLOAT32_EXPONENT = 0x7F800000  # the exponent field; alone, it is the bits of a power of two
-_ONE = 0x3F800000  # bits of 1.0
-_ROUNDING_SHIFT = 1.5 * 2.0**22
-
 
 def round_e2m1(y: Tensor) -> Tensor:
     """Rounds y (float32) in place to the nearest E2M1 value, ties to the even code, saturating at 6; returns y."""
-    y.clamp_(-E2M1_MAX, E2M1_MAX)
-    # The values in [p, 2p) are p/2 apart, and so are those below 1. A float32 near 1.5 * 2^22 * p has an ulp of exactly
-    # p/2: adding that number makes the hardware round y there, ties to even, and subtracting it is exact. The product
-    # with a power of two is exact, so it does not matter whether the addition is a fused multiply-add.
-    p = (y.view(torch.int32) & _FLOAT32_EXPONENT).clamp_(min=_ONE).view(torch.float32)
-    return y.add_(p, alpha=_ROUNDING_SHIFT).sub_(p, alpha=_ROUNDING_SHIFT)
+    return round_float(y, E2M1_MAX, mantissa_bits=1, smallest_exponent=0)
 
 
 def to_e2m1_codes(y: Tensor) -> Tensor:
@@ -48,6 +40,8 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
 
 class E2M1Format(Format):
     """A format with E2M1 elements; the subclass defines the scales."""
+
+    code_bits = 4
 
     def round_to_grid(self, y: Tensor) -> Tensor:
         """As `round_e2m1`."""

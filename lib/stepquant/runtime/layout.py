@@ -28,8 +28,12 @@ the weight format, R the rank and B the number of timestep bins.
     TARGET.clip_ratio       fp32  [B]        if activations are quantized; multiplies the absmax of each group
     TARGET.clip_exponent    int8  [B]        mxfp4 activations only; added to their E8M0 exponent
 
-    y = Q(rotate((x - mean) / smooth_factor); clip of the bin) (codes * wscales * wtscale * wcscales)^T
+    y = Q(rotate((x - mean) / smooth_factor); bin) (codes * wscales * wtscale * wcscales)^T
         + (x proj_down) proj_up^T + bias
+
+Q rounds to "activation_format" with the clip of the bin. In the bins that "eight_bit_bins"[TARGET] lists, it rounds to
+"eight_bit_format" instead, with the absmax of each group as it is (no clip_ratio, no clip_exponent). The tensors do not
+depend on these lists.
 
 rotate cuts the channels into groups of "rotations"[TARGET] neighbors and multiplies each group by the orthonormal
 Sylvester-Hadamard matrix of that size. A target that is not listed there has no rotation.
@@ -42,7 +46,7 @@ mean, rotation, proj_down and wtscale. Bin i holds bin_edges[i] >= t > bin_edges
 quantization_config:
 
     quant_method         "stepquant"
-    version              2. Version 1 had other keys and is refused.
+    version              3. Versions 1 and 2 had other keys and are refused.
     weight_format        "int4", "mxfp4" or "nvfp4"
     activation_format    the same, or null if activations stay unquantized
     activation_rounding  "floor" or "ceil": how the E8M0 scale of an activation group is rounded
@@ -51,20 +55,23 @@ quantization_config:
     rotations            {module path: Hadamard size}
     bin_edges            B + 1 falling values of t
     targets              module paths of the quantized linears
+    eight_bit_format     "int8" beside "int4" activations, "mxfp8" beside "mxfp4" and "nvfp4"; null if no bin takes it
+    eight_bit_bins       {module path: rising indices of bins, at least one}; a target that is not listed takes
+                         "activation_format" in every bin
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from stepquant.errors import InvalidInput, UnsupportedCheckpoint
-from stepquant.formats import get_format
+from stepquant.formats import eight_bit_partner, four_bit_names, get_format
 
 QUANT_METHOD = "stepquant"
-VERSION = 2
+VERSION = 3
 
 ROUNDINGS = ("floor", "ceil")
 
@@ -75,7 +82,6 @@ class QuantizationSettings:
 
     Raises:
         InvalidInput: if a value is not allowed.
-        UserError: if a format does not exist.
     """
 
     weight_format: str
@@ -86,11 +92,13 @@ class QuantizationSettings:
     rotations: dict[str, int]
     bin_edges: tuple[float, ...]
     targets: tuple[str, ...]
+    eight_bit_format: str | None = None
+    eight_bit_bins: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        get_format(self.weight_format)
+        _check_four_bits("weight_format", self.weight_format)
         if self.activation_format is not None:
-            get_format(self.activation_format)
+            _check_four_bits("activation_format", self.activation_format)
         if self.activation_rounding not in ROUNDINGS:
             raise InvalidInput(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         if not isinstance(self.rank, int) or self.rank < 0:
@@ -104,6 +112,8 @@ class QuantizationSettings:
         if not self.targets or not names or len(set(self.targets)) < len(self.targets):
             raise InvalidInput("targets must be a list of module paths, at least one, none twice")
         self._check_rotations()
+        self._check_eight_bit_bins()
+        self._check_eight_bit_format()
 
     def _check_rotations(self) -> None:
         if not isinstance(self.rotations, dict) or not all(map(_is_hadamard_size, self.rotations.values())):
@@ -113,6 +123,41 @@ class QuantizationSettings:
         if foreign := sorted(set(self.rotations) - set(self.targets)):
             raise InvalidInput(f"rotations name {foreign[0]!r}, which is not in targets")
 
+    def _check_eight_bit_bins(self) -> None:
+        if not isinstance(self.eight_bit_bins, dict):
+            raise InvalidInput(
+                f"eight_bit_bins are {self.eight_bit_bins!r}; allowed: a list of bin indices by module path"
+            )
+        if foreign := sorted(map(str, set(self.eight_bit_bins) - set(self.targets))):
+            raise InvalidInput(f"eight_bit_bins name {foreign[0]!r}, which is not in targets")
+        for target, bins in self.eight_bit_bins.items():
+            if not _are_rising_indices(bins, self.bins):
+                raise InvalidInput(
+                    f"eight_bit_bins of {target!r} are {_as_list(bins)!r}; allowed: rising indices of bins, at least "
+                    f"one, of 0 to {self.bins - 1}"
+                )
+
+    def _check_eight_bit_format(self) -> None:
+        if self.eight_bit_format is None:
+            if self.eight_bit_bins:
+                raise InvalidInput("eight_bit_bins has targets, but eight_bit_format is null; allowed: both or neither")
+            return
+        if self.activation_format is None:
+            raise InvalidInput(
+                f"eight_bit_format is {self.eight_bit_format!r}, but activation_format is null, so that activations "
+                "stay unquantized; allowed: null"
+            )
+        partner = eight_bit_partner(get_format(self.activation_format)).name
+        if self.eight_bit_format != partner:
+            raise InvalidInput(
+                f"eight_bit_format is {self.eight_bit_format!r}; allowed beside {self.activation_format} activations: "
+                f"{partner!r}, or null"
+            )
+        if not self.eight_bit_bins:
+            raise InvalidInput(
+                f"eight_bit_format is {partner!r}, but eight_bit_bins has no target; allowed: both or neither"
+            )
+
     @property
     def bins(self) -> int:
         """Number of timestep bins."""
@@ -121,6 +166,7 @@ class QuantizationSettings:
     def to_config(self) -> dict[str, Any]:
         """The content of "quantization_config", in JSON types."""
         values = asdict(self) | {"bin_edges": list(self.bin_edges), "targets": list(self.targets)}
+        values["eight_bit_bins"] = {target: list(bins) for target, bins in self.eight_bit_bins.items()}
         return {"quant_method": QUANT_METHOD, "version": VERSION} | values
 
     @classmethod
@@ -130,7 +176,6 @@ class QuantizationSettings:
         Raises:
             UnsupportedCheckpoint: if the method or the version is another one.
             InvalidInput: if a key is missing or unknown, or a value is not allowed.
-            UserError: if a format does not exist.
         """
         values = dict(config)
         _check_version(values.pop("quant_method", None), values.pop("version", None))
@@ -144,22 +189,44 @@ class QuantizationSettings:
         for key in ("bin_edges", "targets"):
             if not isinstance(values[key], (list, tuple)):
                 raise InvalidInput(f"quantization_config: {key} is {values[key]!r}; expected a list")
-        return cls(**values | {"bin_edges": tuple(values["bin_edges"]), "targets": tuple(values["targets"])})
+        values |= {"bin_edges": tuple(values["bin_edges"]), "targets": tuple(values["targets"])}
+        if isinstance(values["eight_bit_bins"], dict):
+            values["eight_bit_bins"] = {target: _as_tuple(bins) for target, bins in values["eight_bit_bins"].items()}
+        return cls(**values)
 
 
 def _check_version(method: object, version: object) -> None:
     if method != QUANT_METHOD:
         raise UnsupportedCheckpoint(f"quantization_config: quant_method is {method!r}; allowed: {QUANT_METHOD!r}")
-    if version == 1:
+    if version in range(1, VERSION):
         raise UnsupportedCheckpoint(
-            f"quantization_config: version is 1, written by an older stepquant; this one reads version {VERSION}: "
-            "write the checkpoint again with stage pack (dvc repro)"
+            f"quantization_config: version is {version}, written by an older stepquant; this one reads version "
+            f"{VERSION}: write the checkpoint again with stage pack (dvc repro)"
         )
     if version != VERSION:
         raise UnsupportedCheckpoint(
             f"quantization_config: version is {version!r}; this stepquant reads version {VERSION}: "
             "install the stepquant that wrote the checkpoint"
         )
+
+
+def _check_four_bits(key: str, name: object) -> None:
+    if name not in four_bit_names():
+        raise InvalidInput(f"{key} is {name!r}; allowed: {', '.join(four_bit_names())}")
+
+
+def _as_tuple(bins: object) -> object:
+    return tuple(bins) if isinstance(bins, list) else bins
+
+
+def _as_list(bins: object) -> object:
+    return list(bins) if isinstance(bins, tuple) else bins
+
+
+def _are_rising_indices(bins: object, count: int) -> bool:
+    if not isinstance(bins, tuple) or not bins or any(type(index) is not int for index in bins):
+        return False
+    return 0 <= bins[0] and bins[-1] < count and all(a < b for a, b in pairwise(bins))
 
 
 def _is_hadamard_size(size: object) -> bool:

@@ -1,4 +1,4 @@
-"""The quantized linear: packed 4-bit weights, 4-bit activations, a low-rank branch, a clip per timestep bin.
+"""The quantized linear: packed 4-bit weights, a low-rank branch, 4-bit or 8-bit activations per timestep bin.
 
 A reference implementation of the layout in stepquant.runtime.layout. Every forward dequantizes the whole weight, and
 quantizes and dequantizes the activations. It saves memory, not time: engines with 4-bit kernels need an export.
@@ -7,6 +7,9 @@ Memory: the weight is dequantized in panels of rows and the tokens are processed
 input and output, one weight in the dtype of x and float32 temporaries whose size does not depend on the number of
 tokens. Under torch.compile both are done in one piece: the compiler fuses the temporaries, and its graph stays small
 and independent of the number of tokens.
+
+A layer with 4 bits in some bins and 8 in others rounds its input to both and selects on the device, so that one graph
+holds for all bins and the bin is never read on the host. A layer with one precision computes that one alone.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepquant.errors import InvalidInput
-from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
+from stepquant.formats import Format, Scales, check_groups, get_format, unpack_nibbles
 from stepquant.quantize.rotate import check_rotation, hadamard
 from stepquant.quantize.transform import transform_input
 from stepquant.runtime.absent_weight import AbsentWeight
@@ -33,8 +36,9 @@ class W4A4Linear(nn.Linear):
     """A quantized replacement of nn.Linear, with the buffers of `linear_layout` and the bias of the original, if any.
 
     It is an nn.Linear so that libraries that search for linears (LoRA loaders) find it; its `weight` has no values
-    (AbsentWeight). `bin` selects the clip; `stepquant.runtime.timestep.follow_timestep` sets it. Input and output have
-    the dtype of x. Scales, smoothing and rounding are computed in float32, and the bias is added in float32.
+    (AbsentWeight). `bin` selects the clip, or 8 bits instead; `stepquant.runtime.timestep.follow_timestep` sets it.
+    Input and output have the dtype of x. Scales, smoothing and rounding are computed in float32, and the bias is added
+    in float32.
 
     Every tensor keeps its dtype: `to`, `half` and the like move them, but do not cast them.
 
@@ -54,6 +58,7 @@ class W4A4Linear(nn.Linear):
     clip_ratio: Tensor
     clip_exponent: Tensor
     hadamard: Tensor
+    has_eight_bits: Tensor
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class W4A4Linear(nn.Linear):
         settings: QuantizationSettings,
         device: torch.device | str,
         rotation: int = 0,
+        eight_bit_bins: tuple[int, ...] = (),
     ):
         """Create the layer. Its stored tensors are uninitialized until they are loaded.
 
@@ -73,9 +79,11 @@ class W4A4Linear(nn.Linear):
             settings: formats, rank and timestep bins of the denoiser.
             device: of the stored tensors; "meta" allocates nothing.
             rotation: Hadamard size of this layer's input; 0 for no rotation.
+            eight_bit_bins: bins in which this layer's input is rounded to the 8-bit format of the settings.
 
         Raises:
-            UserError: if the group size of a format or the Hadamard size does not divide K.
+            UserError: if the group size of a format or the Hadamard size does not divide K, or if the settings have no
+                8-bit format or not as many bins.
         """
         nn.Module.__init__(self)  # that of nn.Linear would allocate the float weight
         self.in_features = in_features
@@ -86,17 +94,24 @@ class W4A4Linear(nn.Linear):
         self.rank = settings.rank
         self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
+        self.eight_bit_bins = eight_bit_bins
+        self.eight_bit_format = _eight_bit_format(settings, eight_bit_bins)
+        self.mixed = 0 < len(eight_bit_bins) < settings.bins
         self.bin = TimestepBin()
         self.compute_dtype = torch.float32
         check_rotation(rotation, in_features)
-        for fmt in (self.weight_format, self.activation_format):
+        for fmt in (self.weight_format, self.activation_format, self.eight_bit_format):
             if fmt is not None:
                 check_groups(in_features, fmt, "linear input")
         for name, (shape, dtype) in linear_layout(settings, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        if rotation:  # computed, never loaded: it must hold values where the others are still on "meta"
-            on = "cpu" if torch.device(device).type == "meta" else device
+        # Computed, never loaded: these must hold values where the others are still on "meta".
+        on = "cpu" if torch.device(device).type == "meta" else device
+        if rotation:
             self.register_buffer("hadamard", hadamard(rotation, device=on), persistent=False)
+        if self.mixed:
+            table = torch.tensor([index in eight_bit_bins for index in range(settings.bins)], device=on)
+            self.register_buffer("has_eight_bits", table, persistent=False)
         values = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
         self.register_parameter("bias", values if bias else None)
 
@@ -165,18 +180,23 @@ class W4A4Linear(nn.Linear):
         """bins: int64 [1], or the bin of each entry of the first dimension of x."""
         mean, matrix = self.mean if self.mean_subtraction else None, self.hadamard if self.rotation else None
         z = transform_input(x, self.smooth_factor, mean, matrix)
-        if self.activation_format is None:
+        fmt = self.activation_format
+        if fmt is None:
             return z.to(x.dtype)
-        # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
-        per_sample = (-1, *[1] * (x.dim() - 1))
-        ratio = self.clip_ratio.index_select(0, bins).view(per_sample)
-        offset: int | Tensor = 0
-        if self.activation_format.name == "mxfp4":
-            offset = self.clip_exponent.index_select(0, bins).view(per_sample)
-        rounded = self.activation_format.fake_quantize(
-            z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
-        )
-        return rounded.to(x.dtype)
+        if self.eight_bit_format is None:
+            return self._in_four_bits(fmt, z, bins).to(x.dtype)
+        eight_bits = self.eight_bit_format.fake_quantize(z, rounding=self.activation_rounding).to(x.dtype)
+        if not self.mixed:
+            return eight_bits
+        # Both are computed: a branch would need the bin on the host, and one sample may differ from the next.
+        four_bits = self._in_four_bits(fmt, z, bins).to(x.dtype)
+        return torch.where(_per_sample(self.has_eight_bits, bins, z), eight_bits, four_bits)
+
+    def _in_four_bits(self, fmt: Format, z: Tensor, bins: Tensor) -> Tensor:
+        """The transformed input z rounded with the clip of each bin, float32."""
+        ratio = _per_sample(self.clip_ratio, bins, z)
+        offset = _per_sample(self.clip_exponent, bins, z) if fmt.name == "mxfp4" else 0
+        return fmt.fake_quantize(z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The 4-bit part of the weight, [N, K]. It applies to the transformed input and excludes the low-rank branch.
@@ -202,7 +222,27 @@ class W4A4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         activation = self.activation_format.name if self.activation_format else "unquantized"
+        if self.eight_bit_format:
+            activation += f" ({self.eight_bit_format.name} in bins {', '.join(map(str, self.eight_bit_bins))})"
         return (
             f"{super().extra_repr()}, weight={self.weight_format.name}, activation={activation}, "
             f"rank={self.rank}, rotation={self.rotation}"
         )
+
+
+def _eight_bit_format(settings: QuantizationSettings, bins: tuple[int, ...]) -> Format | None:
+    """The format of the bins, None if there are none. Raises InvalidInput if the settings lack the format or a bin."""
+    if not bins:
+        return None
+    if settings.eight_bit_format is None or not set(bins) <= set(range(settings.bins)):
+        raise InvalidInput(
+            f"eight_bit_bins of a linear are {list(bins)}, but the settings have eight_bit_format "
+            f"{settings.eight_bit_format!r} and {settings.bins} bins; allowed: indices of bins, with a format"
+        )
+    return get_format(settings.eight_bit_format)
+
+
+def _per_sample(table: Tensor, bins: Tensor, x: Tensor) -> Tensor:
+    """The entries [B] of the bins, in a shape that broadcasts to x [..., K] or x [B, ..., K]."""
+    # index_select by a tensor, not an int: torch.compile then has one graph for all bins.
+    return table.index_select(0, bins).view(-1, *[1] * (x.dim() - 1))
