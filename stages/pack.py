@@ -13,12 +13,15 @@ from stepquant.checkpoint.packed import PackedLinear, pack_site
 from stepquant.checkpoint.writer import write_checkpoint
 from stepquant.command_runner import command, main
 from stepquant.compute.progress import track
+from stepquant.errors import UserError
+from stepquant.formats import eight_bit_partner
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.quantized_layer import QuantizedLayer
 from stepquant.recipe.assemble import nearest_layer, variant_clip
+from stepquant.recipe.schedule_file import ExpertSchedule, read_schedule
 from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
@@ -33,8 +36,8 @@ def pack(variant: VariantName, params: ParamsFile = Path("params.yaml")) -> None
     """Write one variant as a diffusers checkpoint, both experts.
 
     Reads the params sections compute, format and sampling (whose timestep shift the packed scheduler
-    gets), artifacts/model and, as far as the variant needs them, artifacts/lowrank, artifacts/residual
-    and artifacts/clip. Writes artifacts/checkpoints/VARIANT/.
+    gets), artifacts/model and, as far as the variant needs them, artifacts/lowrank, artifacts/residual,
+    artifacts/clip and artifacts/schedule.json. Writes artifacts/checkpoints/VARIANT/.
     """
     recipe = packed_variant(variant)
     with open_stage(__file__, READS, params, variant=variant) as stage:
@@ -76,19 +79,32 @@ class Packer:
         low, high = self.described.t_range
         clip = read_json(self.folders["clip"] / "manifest.json") if variant.clip else {"bin_edges": [high, low]}
         self.edges = tuple(clip["bin_edges"])
-        self.schedule = read_schedule(artifacts.SCHEDULE) if variant.scheduled else None
-        self.expert = expert
+        self.schedule = self._read_schedule(expert) if variant.scheduled else None
+
+    def _read_schedule(self, expert: str) -> ExpertSchedule:
+        """The precision schedule of this expert. Raises UserError if it was made for other bins."""
+        found = read_schedule(artifacts.SCHEDULE).expert(expert)
+        if tuple(found.bin_edges) != self.edges:
+            raise UserError(
+                f"{artifacts.SCHEDULE}: made for the bins {found.bin_edges} of {expert}, but the clips have "
+                f"{list(self.edges)}; run stages sensitivity and schedule again (dvc repro schedule)"
+            )
+        return found
 
     def settings(self) -> QuantizationSettings:
         """The quantization_config of this expert."""
         targets: list[str] = []
         rotations: dict[str, int] = {}
+        eight_bit_bins: dict[str, tuple[int, ...]] = {}
         for index, site in product(range(self.described.blocks), self.sites):
             names = [f"blocks.{index}.{linear}" for linear in site.linears]
             rotation = self._block(index).transform_factors(site).rotation if self.variant.low_rank else 0
             targets += names
             rotations |= dict.fromkeys(names, rotation) if rotation else {}
+            bins = self.schedule.bins(index, site.name) if self.schedule else ()
+            eight_bit_bins |= dict.fromkeys(names, bins) if bins else {}
         activation = self.scheme.activation if self.variant.activations else None
+        wide = eight_bit_partner(self.scheme.activation_format).name if eight_bit_bins else None
         return QuantizationSettings(
             weight_format=self.scheme.weight.name,
             activation_format=None if activation is None else activation.name,
@@ -98,8 +114,8 @@ class Packer:
             rotations=rotations,
             bin_edges=self.edges,
             targets=tuple(targets),
-            eight_bit_format=None,
-            eight_bit_bins={},
+            eight_bit_format=wide,
+            eight_bit_bins=eight_bit_bins,
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:

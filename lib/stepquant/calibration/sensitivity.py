@@ -1,9 +1,9 @@
 """What the rounding errors of each site do to the denoiser's output, without sampling a video.
 
 A unit of work is one recorded step of one prompt. Random probes of the guided output are differentiated backwards,
-block by block (step_gradients.py). To first order, a probe changes by the products of its gradients with the errors that
-a site makes in that step (quantize/error_products.py). The mean square of that change over many probes is the squared
-error of the output (Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990).
+block by block (step_gradients.py). To first order, a probe changes by the products of its gradients with the errors
+that a site makes in that step (quantize/error_products.py). The mean square of that change over many probes is the
+squared error of the output (Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990).
 
 Files of a unit:
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from stepquant.calibration.block_gradients import block_gradients
 from stepquant.models.block_inputs import Glue, KeptInputs
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.families.description import DenoiserClass
 from stepquant.models.sites import Site
 from stepquant.quantize.error_products import LayerPass
 
@@ -74,7 +73,7 @@ class StepGradients:
         self._inputs = [KeptInputs.of(inputs, None) for inputs in found]
         hidden = self._forward([inputs.hidden_states for inputs in found])
         self._gradients = [
-            _by_hidden_states(glue, model.description, given, states, probes, factor)
+            _by_hidden_states(glue, expert.inputs.patch_size, given, states, probes, factor)
             for given, states, factor in zip(arguments, hidden, probes.factors(len(arguments)))
         ]
 
@@ -82,7 +81,7 @@ class StepGradients:
         """Go back through the blocks.
 
         Yields:
-            Index of the block, guidance branch, probe, and the passes of the block's sites by name (block_gradients.py).
+            Index of the block, guidance branch, probe, and what the block's sites did, by name (block_gradients.py).
         """
         for index in reversed(range(self._blocks)):
             block = self._model.block(index)
@@ -112,7 +111,8 @@ class StepGradients:
 
 def _by_hidden_states(
     glue: Glue,
-    denoiser: DenoiserClass,
+    timestep: str,
+    patch: Sequence[int],
     arguments: Mapping[str, Tensor],
     hidden: Tensor,
     probes: Probes,
@@ -122,7 +122,7 @@ def _by_hidden_states(
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         output = glue.output(arguments, hidden)
-    kept = denoised(arguments[denoiser.timestep], output.shape, glue.model.config.patch_size)
+    kept = denoised(arguments[timestep], output.shape, patch)
     found = []
     for n, probe in enumerate(probes.draw(output.shape)):
         weighted = (probe * kept * factor).to(output.device, output.dtype)

@@ -1,12 +1,12 @@
 """Spends a budget of 8-bit activations where rounding errors reach the video.
 
-A slot is a site of a block in a timestep bin of an expert. The error of the final latent is, to first order, the sum of
-the errors of all denoiser outputs, each times what the sampler makes of that output (models/sampler_response.py). Errors
-of one slot in several steps are added with their signs, since the same site reads nearly the same input there; errors
-of different slots, and of different groups of tokens, are taken as independent.
+A slot is a site of a block in a timestep bin of an expert. The error of the final latent is, to first order, the sum
+of the errors of all denoiser outputs, each times what the sampler makes of that output (models/sampler_response.py).
+Errors of one slot in several steps are added with their signs, since the same site reads nearly the same input there.
+Errors of different slots, and of different groups of tokens, are taken as independent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ from stepquant.errors import DamagedFile, MissingFile
 from stepquant.storage.atomic import write_text
 from stepquant.storage.json_files import to_json
 
-Bins = list[int]
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,9 +27,13 @@ class ExpertSchedule(_Part):
 
     bin_edges: list[float]
     sites: list[str]
-    eight_bit: dict[int, dict[str, Bins]]
+    eight_bit: dict[int, dict[str, list[int]]]
     errors: dict[str, list[list[list[float]]]]
     cost: list[list[float]]
+
+    def bins(self, block: int, site: str) -> tuple[int, ...]:
+        """The bins in which a site of a block takes 8-bit activations."""
+        return tuple(self.eight_bit.get(block, {}).get(site, ()))
 
 
 class Schedule(_Part):
@@ -49,6 +51,14 @@ class Schedule(_Part):
     share: float
     experts: dict[str, ExpertSchedule]
 
+    def expert(self, name: str) -> ExpertSchedule:
+        """The slots of an expert. Raises DamagedFile if there are none of it."""
+        if name not in self.experts:
+            raise DamagedFile(
+                f"schedule: nothing of {name}; it has {', '.join(self.experts)}; run stage schedule again"
+            )
+        return self.experts[name]
+
     def predicted_error(self, eight_bit: bool) -> float:
         """Squared error of the final latent, summed over its entries, with 4-bit activations alone or as scheduled."""
         return sum(_predicted(expert, eight_bit) for expert in self.experts.values())
@@ -60,7 +70,7 @@ def _predicted(expert: ExpertSchedule, eight_bit: bool) -> float:
     for b, blocks in enumerate(narrow):
         for block, sites in enumerate(blocks):
             for s, name in enumerate(expert.sites):
-                scheduled = eight_bit and b in expert.eight_bit.get(block, {}).get(name, [])
+                scheduled = eight_bit and b in expert.bins(block, name)
                 total += (wide[b][block][s] if scheduled else sites[s]) + weights[b][block][s]
     return total
 
