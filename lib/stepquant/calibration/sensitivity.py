@@ -87,18 +87,15 @@ class StepSensitivity:
         trajectories = Trajectories(self.trajectories)
         arguments = [trajectories.inputs([call]) for call in self.calls]
         with TemporaryDirectory(dir=folder) as scratch:
-            step = StepGradients(model, glue, sites, blocks, arguments, self.probes, Path(scratch))
-            layers, of = {}, -1
-            for index, branch, probe, passes in step.run():
-                if index != of:
-                    layers, of = (
-                        {site: self._layer(StoredBlock(index, model, self.sources), site) for site in sites},
-                        index,
-                    )
-                for s, site in enumerate(sites):
-                    found = layers[site].products(passes[site.name])
-                    tokens[site.name] = found.shape[1]
-                    products[probe, :, index, s] += grouped(found, site, branch, len(self.calls)).cpu()
+            step = StepGradients(model, glue, described, arguments, self.probes, Path(scratch))
+            for index in reversed(range(blocks)):
+                stored = StoredBlock(index, model, self.sources)
+                layers = [self._layer(stored, site) for site in sites]
+                for branch, probe, passes in step.block(index):
+                    for s, (site, layer) in enumerate(zip(sites, layers)):
+                        found = layer.products(passes[site.name])
+                        tokens[site.name] = found.shape[1]
+                        products[probe, :, index, s] += grouped(found, site, branch, len(self.calls)).cpu()
         save_file({"products": products}, folder / PRODUCTS)
         (folder / TOKENS).write_text(to_json(tokens))
 

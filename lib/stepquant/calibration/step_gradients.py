@@ -16,7 +16,7 @@ from torch import Tensor
 from stepquant.calibration.block_gradients import block_gradients
 from stepquant.models.block_inputs import Glue, KeptInputs
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sites import Site
+from stepquant.models.manifest import ExpertManifest
 from stepquant.quantize.error_products import LayerPass
 
 
@@ -51,8 +51,7 @@ class StepGradients:
     Args:
         model: the expert's weights.
         glue: the layers around its blocks.
-        sites: the sites of a block.
-        blocks: number of blocks.
+        expert: description of the expert.
         arguments: of the denoiser's forward by name, batch 1, for each guidance branch.
         probes: what is differentiated.
         scratch: an empty folder for the inputs of all blocks.
@@ -62,13 +61,12 @@ class StepGradients:
         self,
         model: Denoiser,
         glue: Glue,
-        sites: Sequence[Site],
-        blocks: int,
+        expert: ExpertManifest,
         arguments: Sequence[Mapping[str, Tensor]],
         probes: Probes,
         scratch: Path,
     ):
-        self._model, self._sites, self._blocks, self._scratch = model, sites, blocks, scratch
+        self._model, self._expert, self._scratch = model, expert, scratch
         found = [glue.inputs(given) for given in arguments]
         self._inputs = [KeptInputs.of(inputs, None) for inputs in found]
         hidden = self._forward([inputs.hidden_states for inputs in found])
@@ -77,25 +75,27 @@ class StepGradients:
             for given, states, factor in zip(arguments, hidden, probes.factors(len(arguments)))
         ]
 
-    def run(self) -> Iterator[tuple[int, int, int, dict[str, LayerPass]]]:
-        """Go back through the blocks.
+    def block(self, index: int) -> Iterator[tuple[int, int, dict[str, LayerPass]]]:
+        """Go back through one block; to be called for the last one first.
+
+        Args:
+            index: of the block.
 
         Yields:
-            Index of the block, guidance branch, probe, and what the block's sites did, by name (block_gradients.py).
+            Guidance branch, probe, and what the block's sites read and gave, with the gradients, by site name.
         """
-        for index in reversed(range(self._blocks)):
-            block = self._model.block(index)
-            for branch, inputs in enumerate(self._inputs):
-                given = inputs.with_hidden_states(self._stored(index, branch))
-                below = []
-                for probe, found in enumerate(block_gradients(block, self._sites, given, self._gradients[branch])):
-                    below.append(found.hidden_states)
-                    yield index, branch, probe, found.sites
-                self._gradients[branch] = below
+        block, sites = self._model.block(index), self._expert.ordered_sites
+        for branch, inputs in enumerate(self._inputs):
+            given = inputs.with_hidden_states(self._stored(index, branch))
+            below = []
+            for probe, found in enumerate(block_gradients(block, sites, given, self._gradients[branch])):
+                below.append(found.hidden_states)
+                yield branch, probe, found.sites
+            self._gradients[branch] = below
 
     def _forward(self, hidden: list[Tensor]) -> list[Tensor]:
         """The last block's output of every branch; the inputs of all blocks go to the disk."""
-        for index in range(self._blocks):
+        for index in range(self._expert.blocks):
             block = self._model.block(index)
             for branch, inputs in enumerate(self._inputs):
                 save_file({"hidden_states": hidden[branch].contiguous()}, self._file(index, branch))
@@ -111,7 +111,6 @@ class StepGradients:
 
 def _by_hidden_states(
     glue: Glue,
-    timestep: str,
     patch: Sequence[int],
     arguments: Mapping[str, Tensor],
     hidden: Tensor,
@@ -122,7 +121,7 @@ def _by_hidden_states(
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         output = glue.output(arguments, hidden)
-    kept = denoised(arguments[timestep], output.shape, patch)
+    kept = denoised(arguments[glue.timestep], output.shape, patch)
     found = []
     for n, probe in enumerate(probes.draw(output.shape)):
         weighted = (probe * kept * factor).to(output.device, output.dtype)

@@ -54,9 +54,7 @@ class Schedule(_Part):
     def expert(self, name: str) -> ExpertSchedule:
         """The slots of an expert. Raises DamagedFile if there are none of it."""
         if name not in self.experts:
-            raise DamagedFile(
-                f"schedule: nothing of {name}; it has {', '.join(self.experts)}; run stage schedule again"
-            )
+            raise DamagedFile(f"schedule: has {', '.join(self.experts)}, not {name}; run stage schedule again")
         return self.experts[name]
 
     def predicted_error(self, eight_bit: bool) -> float:
