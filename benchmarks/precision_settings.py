@@ -31,6 +31,7 @@ from stepquant.recipe.schedule_file import Schedule, read_schedule
 
 Slots = dict[str, dict[int, dict[str, list[int]]]]  # by expert, block and site: the bins
 PROMPTS = slice(30, 40)
+EVALUATION, PACKED = "data/evaluation/manifest.jsonl", "artifacts/checkpoints/full"
 
 
 def settings(schedule: Schedule) -> Iterator[tuple[str, Slots]]:
@@ -63,7 +64,7 @@ def settings(schedule: Schedule) -> Iterator[tuple[str, Slots]]:
 
 def _all(schedule: Schedule, expert: str) -> tuple[list[int], list[int], list[str]]:
     found = schedule.experts[expert]
-    return list(range(len(found.cost))), list(range(len(found.errors["weights"][0]))), found.sites
+    return list(range(len(found.cost))), list(range(found.blocks)), found.sites
 
 
 def _slots(chosen: dict[str, tuple[Iterable[int], Iterable[int], Iterable[str]]]) -> Slots:
@@ -118,53 +119,43 @@ def ranks(values: list[float]) -> torch.Tensor:
     return torch.tensor(values).argsort().argsort().double()
 
 
+def share(schedule: Schedule, slots: Slots) -> float:
+    """Share of the multiply-adds that the slots hold."""
+    held = total = 0.0
+    for name, expert in schedule.experts.items():
+        costs = [dict(zip(expert.sites, row)) for row in expert.cost]
+        total += expert.blocks * sum(sum(row.values()) for row in costs)
+        chosen = (pair for by_site in slots.get(name, {}).values() for pair in by_site.items())
+        held += sum(costs[b][site] for site, bins in chosen for b in bins)
+    return held / total
+
+
+def compare(root: Path, scratch: Path) -> None:
+    """Print the table of a finished run."""
+    schedule = read_schedule(root / "artifacts/schedule.json")
+    manifest = read_manifest(root / "artifacts/model/manifest.json")
+    sampling = section(root / "params.yaml", "sampling")
+    every = {"prompts": None, "manifest": str(root / EVALUATION)}
+    prompts = evaluation_prompts(section(root / "params.yaml", "generate").model_copy(update=every))[PROMPTS]
+    bf16 = sampled(root / manifest.source, sampling, prompts)
+    print("| 8-bit activations | share of multiply-adds | predicted | measured |\n|---|---|---|---|")
+    rows: list[tuple[float, float]] = []
+    for n, (name, slots) in enumerate(settings(schedule)):
+        folder = with_slots(root / PACKED, scratch / str(n), manifest, schedule, slots)
+        error = (sampled(folder, sampling, prompts) - bf16).square().mean().item()
+        rows.append((predicted(schedule, slots), error))
+        ratios = [f"{value / first:.2f}" for value, first in zip(rows[-1], rows[0])]
+        print(f"| {name} | {share(schedule, slots):.0%} | {ratios[0]} | {ratios[1]} |", flush=True)
+    both = torch.stack([ranks(list(values)) for values in zip(*rows)])
+    print(f"\n{len(rows)} settings, {len(prompts)} prompts: rank correlation {torch.corrcoef(both)[0, 1]:.3f}")
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     torch.set_num_threads(1)
     with temporary_checkout() as checkout, tempfile.TemporaryDirectory() as scratch:
         checkout.repro("schedule", "pack@full")
-        root = checkout.root
-        schedule, manifest = (
-            read_schedule(root / "artifacts/schedule.json"),
-            read_manifest(root / "artifacts/model/manifest.json"),
-        )
-        sampling, packed = section(root / "params.yaml", "sampling"), root / "artifacts/checkpoints/full"
-        every = section(root / "params.yaml", "generate").model_copy(
-            update={"prompts": None, "manifest": str(root / "data/evaluation/manifest.jsonl")}
-        )
-        prompts = evaluation_prompts(every)[PROMPTS]
-        bf16 = sampled(root / "data/models/wan22-mini", sampling, prompts)
-        print("| 8-bit activations | predicted | measured | share of multiply-adds |\n|---|---|---|---|")
-        rows = []
-        for n, (name, slots) in enumerate(settings(schedule)):
-            folder = with_slots(packed, Path(scratch) / str(n), manifest, schedule, slots)
-            rows.append(
-                (predicted(schedule, slots), float((sampled(folder, sampling, prompts) - bf16).square().mean()))
-            )
-            ratios = [value / first for value, first in zip(rows[-1], rows[0])]
-            print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {share(schedule, slots):.0%} |", flush=True)
-        both = torch.stack([ranks(list(values)) for values in zip(*rows)])
-        print(f"\n{len(rows)} settings, {len(prompts)} prompts: rank correlation {torch.corrcoef(both)[0, 1]:.3f}")
-
-
-def share(schedule: Schedule, slots: Slots) -> float:
-    """Share of the multiply-adds that the slots hold."""
-    costs = {
-        (name, b, site): cost
-        for name, expert in schedule.experts.items()
-        for b, row in enumerate(expert.cost)
-        for site, cost in zip(expert.sites, row)
-    }
-    blocks = {name: len(expert.errors["weights"][0]) for name, expert in schedule.experts.items()}
-    total = sum(cost * blocks[name] for (name, _, _), cost in costs.items())
-    held = sum(
-        costs[name, b, site]
-        for name, by_block in slots.items()
-        for by_site in by_block.values()
-        for site, bins in by_site.items()
-        for b in bins
-    )
-    return held / total
+        compare(checkout.root, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ class ExpertSchedule(_Part):
     errors: dict[str, list[list[list[float]]]]
     cost: list[list[float]]
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.errors["weights"][0])
+
     def bins(self, block: int, site: str) -> tuple[int, ...]:
         """The bins in which a site of a block takes 8-bit activations."""
         return tuple(self.eight_bit.get(block, {}).get(site, ()))
