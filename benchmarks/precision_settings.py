@@ -16,16 +16,18 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import stepquant
+from benchmarks.batch_sampling import Prepared, decoded
 from benchmarks.checkout import temporary_checkout
 from stepquant.models.manifest import ModelManifest, read_manifest
-from stepquant.models.prompts import Prompt, evaluation_prompts
-from stepquant.models.sampling import ready_to_sample, sample
+from stepquant.models.prompts import evaluation_prompts
+from stepquant.models.sampling import ready_to_sample
 from stepquant.params import Sampling, section
 from stepquant.recipe.schedule_file import Schedule, read_schedule
 
@@ -105,13 +107,11 @@ def with_slots(packed: Path, folder: Path, manifest: ModelManifest, schedule: Sc
     return folder
 
 
-def sampled(folder: Path, sampling: Sampling, prompts: list[Prompt]) -> torch.Tensor:
-    """The frames of all prompts, 0 to 255, float32 [prompts, F, 3, H, W]."""
+def pipeline(folder: Path, sampling: Sampling) -> Any:
+    """A pipeline of a folder, quantized or not, ready to sample."""
     pipe = ready_to_sample(lambda: stepquant.load_pipeline(folder, dtype="float32"), sampling)
     pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        videos = [sample(pipe, sampling, p.prompt, p.negative_prompt, p.load_images(), p.seed, "pt") for p in prompts]
-    return (torch.stack(videos).clamp(0, 1) * 255).round()
+    return pipe
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -137,12 +137,16 @@ def compare(root: Path, scratch: Path) -> None:
     sampling = section(root / "params.yaml", "sampling")
     every = {"prompts": None, "manifest": str(root / EVALUATION)}
     prompts = evaluation_prompts(section(root / "params.yaml", "generate").model_copy(update=every))[PROMPTS]
-    bf16 = sampled(root / manifest.source, sampling, prompts)
+    source = pipeline(root / manifest.source, sampling)
+    prepared = Prepared.of(source, sampling, prompts)
+    print(f"latents of the batch and of single calls differ by {prepared.differs(source):.1g}\n")
+    bf16 = decoded(source, prepared.sample(source))
     print("| 8-bit activations | share of multiply-adds | predicted | measured |\n|---|---|---|---|")
     rows: list[tuple[float, float]] = []
     for n, (name, slots) in enumerate(settings(schedule)):
         folder = with_slots(root / PACKED, scratch / str(n), manifest, schedule, slots)
-        error = (sampled(folder, sampling, prompts) - bf16).square().mean().item()
+        frames = decoded(source, prepared.sample(pipeline(folder, sampling)))
+        error = (frames - bf16).square().mean().item()
         rows.append((predicted(schedule, slots), error))
         ratios = [f"{value / first:.2f}" for value, first in zip(rows[-1], rows[0])]
         print(f"| {name} | {share(schedule, slots):.0%} | {ratios[0]} | {ratios[1]} |", flush=True)

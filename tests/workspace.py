@@ -41,6 +41,8 @@ TINY = {
     "gptq": {"refits": 2, "dampings": [0.005, 0.1]},
     "lowrank": {"rank": 16},
     "clip": {"ratios": [0.7, 0.85, 1.0]},
+    "sensitivity": {"prompts": 1, "steps_per_bin": 1, "probes": 1},
+    "precision": {"activation_budget": 0.3},
     "generate": {"prompts": 1},
     "evaluate": {"bootstrap_samples": 50},
 }
