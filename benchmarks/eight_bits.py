@@ -66,9 +66,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = defaultdict(list)
-    for layer, fmt in product(layers(options), four_bit_names()):
-        print(f"{layer.group} {layer.name} {fmt}", file=sys.stderr)
-        rows[layer.group, fmt] += errors(layer, fmt)
+    for layer in layers(options):
+        print(f"{layer.group} {layer.name}", file=sys.stderr)
+        for fmt in four_bit_names():
+            rows[layer.group, fmt] += errors(layer, fmt)
     print(f"| layers | format | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
     for (group, fmt), values in rows.items():
         pair = f"{fmt}, {eight_bit_partner(get_format(fmt)).name}"
