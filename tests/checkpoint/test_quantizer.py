@@ -7,9 +7,10 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.checkpoint.linears import read_linear, read_settings
+from stepquant.checkpoint.linears import read_linear
 from stepquant.checkpoint.writer import write_expert
 from stepquant.errors import UnsupportedCheckpoint, UserError
+from stepquant.evaluate.packed_layers import PackedExpert
 from stepquant.models.weights import open_weights
 from stepquant.runtime.linear import W4A4Linear
 
@@ -102,20 +103,20 @@ def test_the_rest_loads_as_in_the_unquantized_model(packed, source):
 def test_a_linear_computes_the_same_before_and_after(packed):
     folder, settings, linears = packed
     model = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+    expert = PackedExpert(folder, "cpu")
     for target in settings.targets:
         after = model.get_submodule(target)
-        shape, details = (after.in_features, after.out_features), (settings.rotations, settings.eight_bit_bins)
-        rotation, eight_bit_bins = (table.get(target, default) for table, default in zip(details, (0, ())))
-        before = W4A4Linear(*shape, True, settings, "cpu", rotation, eight_bit_bins)
-        alone = read_linear(open_weights(folder), read_settings(folder), target, "cpu")
+        rotation, eight_bit_bins = settings.rotations.get(target, 0), settings.eight_bit_bins.get(target, ())
+        before = W4A4Linear(after.in_features, after.out_features, True, settings, "cpu", rotation, eight_bit_bins)
+        alone = read_linear(expert.weights, expert.settings, target, "cpu")
         before.load_state_dict(linears[target].tensors() | {"bias": after.bias})
         x = torch.randn(7, after.in_features, generator=torch.Generator().manual_seed(0))
         for bin_ in range(settings.bins):
             before.bin.set(bin_)
             after.bin.set(bin_)
-            alone.bin.set(bin_)
             expected = before(x)
-            assert torch.equal(after(x), expected) and torch.equal(alone(x), expected), target
+            assert torch.equal(after(x), expected), (target, bin_)
+            assert torch.equal(expert.output([alone], x, bin_), expected), (target, bin_)
 
 
 def test_packed_tensors_do_not_depend_on_eight_bits(packed, source, tools, tmp_path):
