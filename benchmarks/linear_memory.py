@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stepquant.formats import eight_bit_partner, get_format
 from stepquant.models.families import find_denoiser
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
@@ -78,14 +79,16 @@ def peak_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
     return counter.peak - size, size
 
 
-def settings(fmt: str, targets: tuple[str, ...] = ("a",)) -> QuantizationSettings:
+def settings(fmt: str, eight_bit_bins: tuple[int, ...] = ()) -> QuantizationSettings:
     """A denoiser as the default recipe makes it: low-rank branch, mean subtraction, quantized activations."""
-    return QuantizationSettings(fmt, fmt, "ceil", RANK, True, {}, (1000.0, 950.0, 900.0), targets)
+    partner = eight_bit_partner(get_format(fmt)).name if eight_bit_bins else None
+    listed = {"a": eight_bit_bins} if eight_bit_bins else {}
+    return QuantizationSettings(fmt, fmt, "ceil", RANK, True, {}, (1000.0, 950.0, 900.0), ("a",), partner, listed)
 
 
-def make_linear(fmt: str, K: int, N: int, device: str) -> W4A4Linear:
+def make_linear(fmt: str, K: int, N: int, device: str, eight_bit_bins: tuple[int, ...] = ()) -> W4A4Linear:
     """A quantized linear; all codes, scales and biases are ones."""
-    linear = W4A4Linear(K, N, True, settings(fmt), device, rotation=ROTATION).to(device)
+    linear = W4A4Linear(K, N, True, settings(fmt, eight_bit_bins), device, ROTATION, eight_bit_bins).to(device)
     linear.bin.set(torch.zeros(1, dtype=torch.int64, device=device))
     linear.bias.fill_(1)
     if device != "meta":
@@ -94,9 +97,12 @@ def make_linear(fmt: str, K: int, N: int, device: str) -> W4A4Linear:
     return linear
 
 
-def linear_peak(fmt: str, T: int, K: int, N: int, device: str = "meta") -> tuple[int, int]:
+def linear_peak(
+    fmt: str, T: int, K: int, N: int, device: str = "meta", eight_bit_bins: tuple[int, ...] = ()
+) -> tuple[int, int]:
     """Bytes of the temporaries of one forward of a bfloat16 input [T, K]; and of the input."""
-    linear, x = make_linear(fmt, K, N, device), torch.ones(T, K, dtype=torch.bfloat16, device=device)
+    linear = make_linear(fmt, K, N, device, eight_bit_bins)
+    x = torch.ones(T, K, dtype=torch.bfloat16, device=device)
     return peak_bytes(lambda: linear(x))[0], x.nbytes
 
 
@@ -136,6 +142,10 @@ def main() -> None:
     for (T, K, N), fmt in product(SHAPES, FORMATS):
         temporaries, size = linear_peak(fmt, T, K, N)
         print(f"| {fmt} | {T} x {K} -> {N} | {size / 1e9:.3f} | {temporaries / 1e9:.3f} | {temporaries / size:.2f} |")
+    print("\nThe last input with 8-bit activations in one of two bins, and in both: temporaries")
+    for fmt in FORMATS:
+        mixed, all_eight = (linear_peak(fmt, *SHAPES[-1], eight_bit_bins=bins)[0] for bins in ((1,), (0, 1)))
+        print(f"{fmt}: {mixed / 1e9:.3f} GB, {all_eight / 1e9:.3f} GB")
     print("\nOne block at 832x480, 81 frames: bytes alive in its forward, weights excluded")
     for fmt in (None, *FORMATS):
         print(f"{fmt or 'bfloat16'}: {block_peak(fmt) / 1e9:.2f} GB")

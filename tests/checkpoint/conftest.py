@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 
 from stepquant.checkpoint.packed import pack_linear
 from stepquant.checkpoint.writer import write_checkpoint
-from stepquant.formats import get_format, weight_scales
+from stepquant.formats import eight_bit_partner, get_format, weight_scales
 from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import rotate
 from stepquant.runtime.layout import QuantizationSettings
@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 
 TARGETS = tuple(f"blocks.{i}.{linear}" for i in range(2) for site in SITES for linear in site.linears)
 EDGES = {"transformer": (1000.0, 950.0, 925.0, 900.0), "transformer_2": (900.0, 600.0, 300.0, 0.0)}
+# Every bin, some, and one; a target that is not listed has 4 bits in every bin.
+EIGHT_BIT_BINS = {"attn1.to_q": (2,), "ffn.net.0.proj": (1, 2), "attn2.to_out.0": (0, 1, 2)}
 RATIOS = [1.0, 0.7, 0.4]
 
 
@@ -65,8 +67,21 @@ def source(tmp_path_factory):
 
 def make_settings(subfolder, weight_format, activation_format, rank, mean_subtraction=True):
     rotations = {target: 16 for target in TARGETS if target.endswith("net.2")}
+    eight_bits = {}
+    if activation_format is not None:
+        bins = {f"blocks.{i}.{linear}": bins for i in range(2) for linear, bins in EIGHT_BIT_BINS.items()}
+        partner = eight_bit_partner(get_format(activation_format)).name
+        eight_bits = {"eight_bit_format": partner, "eight_bit_bins": bins}
     return QuantizationSettings(
-        weight_format, activation_format, "ceil", rank, mean_subtraction, rotations, EDGES[subfolder], TARGETS
+        weight_format,
+        activation_format,
+        "ceil",
+        rank,
+        mean_subtraction,
+        rotations,
+        EDGES[subfolder],
+        TARGETS,
+        **eight_bits,
     )
 
 

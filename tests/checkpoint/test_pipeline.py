@@ -125,12 +125,12 @@ def test_damaged_checkpoint(checkpoint, tmp_path):
         stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
 
 
-def test_a_checkpoint_of_version_1(checkpoint, tmp_path):
+def test_a_checkpoint_of_version_2(checkpoint, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     config = folder / "transformer" / "config.json"
-    config.write_text(config.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(UnsupportedCheckpoint, match="version is 1, written by an older stepquant; .* stage pack"):
+    config.write_text(config.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(UnsupportedCheckpoint, match="version is 2, written by an older stepquant; .* stage pack"):
         stepquant.load_pipeline(folder, dtype=torch.float32, **NO_TEXT)
 
 

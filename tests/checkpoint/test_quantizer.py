@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,12 +7,15 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import stepquant
+from stepquant.checkpoint.linears import read_linear
 from stepquant.checkpoint.writer import write_expert
 from stepquant.errors import UnsupportedCheckpoint, UserError
+from stepquant.evaluate.packed_layers import PackedExpert
 from stepquant.models.weights import open_weights
 from stepquant.runtime.linear import W4A4Linear
 
 FORMATS = ("int4", "mxfp4", "nvfp4")
+NO_DETAILS = {"rotations": {}, "eight_bit_format": None, "eight_bit_bins": {}}
 FP32_MODULES = ("norm1", "norm2", "norm3", "scale_shift_table", "time_embedder")
 
 
@@ -99,16 +103,30 @@ def test_the_rest_loads_as_in_the_unquantized_model(packed, source):
 def test_a_linear_computes_the_same_before_and_after(packed):
     folder, settings, linears = packed
     model = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+    expert = PackedExpert(folder, "cpu")
     for target in settings.targets:
         after = model.get_submodule(target)
-        rotation = settings.rotations.get(target, 0)
-        before = W4A4Linear(after.in_features, after.out_features, True, settings, device="cpu", rotation=rotation)
+        rotation, eight_bit_bins = settings.rotations.get(target, 0), settings.eight_bit_bins.get(target, ())
+        before = W4A4Linear(after.in_features, after.out_features, True, settings, "cpu", rotation, eight_bit_bins)
+        alone = read_linear(expert.weights, expert.settings, target, "cpu")
         before.load_state_dict(linears[target].tensors() | {"bias": after.bias})
         x = torch.randn(7, after.in_features, generator=torch.Generator().manual_seed(0))
         for bin_ in range(settings.bins):
             before.bin.set(bin_)
             after.bin.set(bin_)
-            assert torch.equal(before(x), after(x)), target
+            expected = before(x)
+            assert torch.equal(after(x), expected), (target, bin_)
+            assert torch.equal(expert.output([alone], x, bin_), expected), (target, bin_)
+
+
+def test_packed_tensors_do_not_depend_on_eight_bits(packed, source, tools, tmp_path):
+    folder, settings, _ = packed
+    plain = replace(settings, eight_bit_format=None, eight_bit_bins={})
+    blocks = tools.blocks(source / "transformer_2", plain)
+    write_expert(source / "transformer_2", tmp_path / "plain", plain, blocks, dtype=torch.float32)
+    names = sorted(file.name for file in folder.iterdir())
+    different = [name for name in names if (folder / name).read_bytes() != (tmp_path / "plain" / name).read_bytes()]
+    assert different == ["config.json"] and names == sorted(file.name for file in (tmp_path / "plain").iterdir())
 
 
 def test_quantized_linear_is_close_to_the_original(packed, source):
@@ -196,12 +214,17 @@ def test_another_version(damaged):
 
 def test_target_that_is_no_module(damaged):
     with pytest.raises(UserError, match="'blocks.7.attn1.to_q' is no module of WanTransformer3DModel"):
-        damaged(targets=["blocks.7.attn1.to_q"], rotations={})
+        damaged(targets=["blocks.7.attn1.to_q"], **NO_DETAILS)
 
 
 def test_target_that_is_no_linear(damaged):
     with pytest.raises(UserError, match="'blocks.0.norm2' is a FP32LayerNorm; expected a linear"):
-        damaged(targets=["blocks.0.norm2"], rotations={})
+        damaged(targets=["blocks.0.norm2"], **NO_DETAILS)
+
+
+def test_eight_bits_of_a_foreign_target(damaged):
+    with pytest.raises(UserError, match="eight_bit_bins name 'blocks.0.norm2', which is not in targets"):
+        damaged(eight_bit_bins={"blocks.0.norm2": [0]})
 
 
 def test_single_file_loads_too(damaged):

@@ -17,10 +17,14 @@ N, K, RANK = 48, 128, 4
 class Denoiser(nn.Module):
     """As much of one as a timestep needs."""
 
-    def __init__(self, weight: str, activation: str | None):
+    def __init__(self, weight: str, activation: str | None, eight_bits: str | None):
         super().__init__()
-        settings = QuantizationSettings(weight, activation, "ceil", RANK, True, {}, (1000.0, 900.0, 0.0), ("linear",))
-        self.linear = W4A4Linear(K, N, True, settings, device="cpu", rotation=32)
+        edges, bins = (1000.0, 900.0, 0.0), (1,) if eight_bits else ()
+        listed = {"linear": bins} if eight_bits else {}
+        settings = QuantizationSettings(
+            weight, activation, "ceil", RANK, True, {}, edges, ("linear",), eight_bits, listed
+        )
+        self.linear = W4A4Linear(K, N, True, settings, device="cpu", rotation=32, eight_bit_bins=bins)
         follow_timestep(self, settings.bin_edges)
 
     def forward(self, x, timestep):
@@ -28,8 +32,8 @@ class Denoiser(nn.Module):
 
 
 @torch.no_grad()
-def make_denoiser(weight: str, activation: str | None) -> Denoiser:
-    denoiser, generator = Denoiser(weight, activation), torch.Generator().manual_seed(1)
+def make_denoiser(*formats: str | None) -> Denoiser:
+    denoiser, generator = Denoiser(*formats), torch.Generator().manual_seed(1)
     for name, tensor in denoiser.linear.state_dict().items():
         values = torch.rand(tensor.shape, generator=generator)
         integers = {
@@ -42,11 +46,21 @@ def make_denoiser(weight: str, activation: str | None) -> Denoiser:
 
 
 @pytest.mark.parametrize(
-    ("weight", "activation"), [("int4", "int4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("nvfp4", None)]
+    "formats",
+    [
+        ("int4", "int4", None),
+        ("mxfp4", "mxfp4", None),
+        ("nvfp4", "nvfp4", None),
+        ("nvfp4", None, None),
+        ("int4", "int4", "int8"),
+        ("mxfp4", "mxfp4", "mxfp8"),
+        ("nvfp4", "nvfp4", "mxfp8"),
+    ],
+    ids=str,
 )
 @torch.no_grad()
-def test_output_per_bin(device, weight, activation):
-    here = make_denoiser(weight, activation)
+def test_output_per_bin(device, formats):
+    here = make_denoiser(*formats)
     there = copy.deepcopy(here).to(device)
     x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2))
     for timestep in map(torch.tensor, ([950.0, 950.0], [10.0, 10.0], [10.0, 950.0], [950.0])):

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks.linear_memory import LiveBytes
+from benchmarks.linear_memory import linear_peak
 from stepquant.errors import InvalidInput, UserError
 from stepquant.formats import Format
 from stepquant.runtime import linear as linear_module
@@ -111,19 +111,13 @@ def test_a_layer_of_one_precision_has_no_table(fmt):
     assert buffers[0] == buffers[3] and buffers[1] == buffers[2] == buffers[0] | {"has_eight_bits"}
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@every_format
 def test_mixed_precision_needs_one_more_rounded_slab(fmt):
     """Bytes alive: at most the 8-bit rounding of a slab in the input's dtype, and the result of the selection."""
-
-    def peak(bins):
-        linear = make_linear(fmt, fmt, eight_bit_bins=bins).to("meta")
-        linear.bin.set(torch.zeros(1, dtype=torch.int64, device="meta"))
-        with LiveBytes() as counter:
-            linear(torch.empty(1024, K, dtype=torch.bfloat16, device="meta"))
-        return counter.peak
-
-    assert peak((0, 1, 2)) <= peak(())
-    assert peak((1,)) <= peak(()) + 2 * 1024 * K * 2
+    shape = (2048, 3456, 1280)
+    four, mixed, eight = (linear_peak(fmt, *shape, eight_bit_bins=bins)[0] for bins in ((), (1,), (0, 1)))
+    assert mixed <= four + 2 * linear_module.TOKENS_PER_SLAB * shape[1] * 2
+    assert eight <= 1.2 * four
 
 
 def test_moves_and_copies_keep_the_bins():

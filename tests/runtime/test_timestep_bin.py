@@ -20,9 +20,10 @@ TIMESTEPS = [1000, 940, 910]  # one in each bin
 CPU = torch.device("cpu")
 
 
-def make_linear(seed):
-    settings = QuantizationSettings("int4", "int4", "ceil", 4, False, {}, EDGES, ("linear",))
-    linear = W4A4Linear(64, 64, True, settings, device="cpu", rotation=16)
+def make_linear(seed, eight_bit_bins):
+    eight_bits = {"linear": eight_bit_bins}
+    settings = QuantizationSettings("int4", "int4", "ceil", 4, False, {}, EDGES, ("linear",), "int8", eight_bits)
+    linear = W4A4Linear(64, 64, True, settings, device="cpu", rotation=16, eight_bit_bins=eight_bit_bins)
     g = torch.Generator().manual_seed(seed)
     linear.qweight.copy_(torch.randint(-128, 128, (64, 32), generator=g))
     linear.wscales.copy_(0.01 * torch.rand(1, 64, generator=g))
@@ -35,13 +36,16 @@ def make_linear(seed):
 
 
 class Denoiser(nn.Module):
-    """Two quantized linears on different levels of the module tree, and a parameter of its own."""
+    """Two quantized linears on different levels of the module tree, and a parameter of its own.
+
+    In the first bin neither linear takes 8 bits, in the second one does, in the third both.
+    """
 
     def __init__(self):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(64), requires_grad=False)
-        self.first = make_linear(1)
-        self.block = nn.Sequential(nn.GELU(), make_linear(2))
+        self.first = make_linear(1, (2,))
+        self.block = nn.Sequential(nn.GELU(), make_linear(2, (1, 2)))
 
     def forward(self, hidden_states, timestep):
         return self.block(self.first(hidden_states + self.table))

@@ -36,10 +36,10 @@ def measure_videos(
 
 
 def format_pair(manifest: ModelManifest, checkpoint: Path) -> FormatPair:
-    """The formats in which a checkpoint was packed. If the experts differ, both formats are named."""
+    """The formats of a checkpoint. Where experts, or the timestep bins of a layer, differ, all formats are named."""
     found = [read_settings(checkpoint / described.subfolder) for described in manifest.experts.values()]
     weights = dict.fromkeys(s.weight_format for s in found)
-    activations = dict.fromkeys(s.activation_format for s in found if s.activation_format)
+    activations = dict.fromkeys(name for s in found for name in (s.activation_format, s.eight_bit_format) if name)
     return FormatPair(weight="+".join(weights), activation="+".join(activations) or None)
 
 

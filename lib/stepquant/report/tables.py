@@ -92,7 +92,7 @@ def size(count: int) -> str:
 
 
 def format_pair(record: Record) -> str:
-    """Formats of weights and activations, such as `nvfp4/nvfp4` or `int4/bf16`."""
+    """Formats of weights and activations, such as `nvfp4/nvfp4`, `int4/int4+int8` or `int4/bf16`."""
     weight, activation = (record.format.weight, record.format.activation) if record.format else (None, None)
     return f"{weight or 'bf16'}/{activation or 'bf16'}"
 
