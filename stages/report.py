@@ -14,6 +14,7 @@ from stepquant.evaluate.video import write_preview
 from stepquant.models.manifest import read_manifest
 from stepquant.models.prompts import evaluation_prompts
 from stepquant.params import SECTIONS, read_params
+from stepquant.recipe.schedule_file import read_schedule
 from stepquant.report.contents import clip_ratios, gallery_rows, headline
 from stepquant.report.page import ReportContents, write_report
 from stepquant.storage.atomic import finished_folder_or_absent, write_text
@@ -34,7 +35,7 @@ def report(
 ) -> None:
     """Gather all variants into one page, and write the numbers that `dvc metrics` shows.
 
-    Reads all params (the page shows them), and the artifacts model, metrics, videos and clip.
+    Reads all params (the page shows them), and the artifacts model, metrics, videos, clip and schedule.json.
     Writes artifacts/report/ (index.html, plots, preview.gif) and metrics.json.
     """
     with open_stage(__file__, READS, params, device=Place.NOWHERE) as stage:
@@ -47,6 +48,7 @@ def report(
             gallery=gallery_rows(prompts[:GALLERY_ROWS], variants, artifacts.video),
             fps=stage["generate"].fps,
             clips=clip_ratios(manifest, artifacts.clip),
+            schedule=read_schedule(artifacts.SCHEDULE) if artifacts.SCHEDULE.exists() else None,
             params=read_params(params),
         )
         rows = contents.gallery[:PREVIEW_ROWS]

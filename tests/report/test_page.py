@@ -18,6 +18,7 @@ from stepquant.evaluate.metrics_file import (
     summarize_videos,
 )
 from stepquant.evaluate.summary import Bootstrap
+from stepquant.recipe.schedule_file import ExpertSchedule, Schedule
 from stepquant.report.page import GALLERY_WIDTH, GalleryRow, ReportContents, write_report
 from stepquant.report.plots import ClipRatio
 
@@ -26,6 +27,24 @@ BOOTSTRAP = Bootstrap(samples=50, confidence=0.9, seed=0)
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 VIDEOS = {variant: np.roll(IMAGE, i, axis=0)[None].repeat(3, axis=0) for i, variant in enumerate(VARIANTS)}
 CLIPS = [ClipRatio("low_noise", 0, "ffn.up", 0, 0.9)]
+SCHEDULE = Schedule(
+    eight_bit_format="int8",
+    budget=0.2,
+    share=0.125,
+    experts={
+        "low_noise": ExpertSchedule(
+            bin_edges=[900.0, 500.0, 0.0],
+            sites=["attn1.qkv", "ffn.up"],
+            eight_bit={1: {"ffn.up": [1]}},
+            errors={
+                "activations_4_bit": [[[1.0, 0.0], [0.0, 0.0]], [[1.0, 2.0], [0.0, 4.0]]],
+                "activations_8_bit": [[[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.5]]],
+                "weights": [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]],
+            },
+            cost=[[1.0, 1.0], [1.0, 1.0]],
+        )
+    },
+)
 PARAMS = {
     "format": {"weight": "int4", "activation": "int4"},
     "clip": {"ratios": [0.8, 1.0]},
@@ -85,6 +104,7 @@ def write(out_dir, **changes):
         "model": "data/models/mini",
         "params": PARAMS,
         "clips": CLIPS,
+        "schedule": SCHEDULE,
     }
     return write_report(out_dir, ReportContents(**given | changes))
 

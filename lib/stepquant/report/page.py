@@ -18,6 +18,7 @@ from PIL import Image
 from stepquant.errors import UserError
 from stepquant.evaluate.metrics_file import Record
 from stepquant.evaluate.video import encode_gif, fit_width
+from stepquant.recipe.schedule_file import Schedule
 from stepquant.recipe.variants import DESCRIPTIONS
 from stepquant.report import plots
 from stepquant.report.tables import experts, layer_tables, summary_table
@@ -54,6 +55,7 @@ class ReportContents:
         gallery: The prompts to show, each with a video of every variant.
         fps: Frames per second of the videos.
         clips: What the clipping search chose; empty if nothing was clipped.
+        schedule: The precision schedule; None if none was made.
         params: The parameters of the run, shown as given. Sections may nest.
     """
 
@@ -63,6 +65,7 @@ class ReportContents:
     gallery: Sequence[GalleryRow]
     fps: int
     clips: Sequence[plots.ClipRatio]
+    schedule: Schedule | None
     params: Mapping[str, Any]
 
 
@@ -79,7 +82,7 @@ def write_report(out_dir: Path, contents: ReportContents) -> Path:
     records = contents.records
     variants = [record.variant for record in records]
     _check(variants, contents.gallery)
-    figures = draw_figures(records, contents.clips)
+    figures = draw_figures(records, contents.clips, contents.schedule)
     for name, svg in figures.items():
         write_text(out_dir / "plots" / f"{name}.svg", svg)
     page = _template().render(
@@ -99,7 +102,9 @@ def write_report(out_dir: Path, contents: ReportContents) -> Path:
     return out_dir / "index.html"
 
 
-def draw_figures(records: Sequence[Record], clips: Sequence[plots.ClipRatio]) -> dict[str, str]:
+def draw_figures(
+    records: Sequence[Record], clips: Sequence[plots.ClipRatio], schedule: Schedule | None
+) -> dict[str, str]:
     """Every figure that is not empty: name -> SVG text."""
     figures: dict[str, str] = {}
     if any(record.videos.psnr for record in records):
@@ -108,6 +113,8 @@ def draw_figures(records: Sequence[Record], clips: Sequence[plots.ClipRatio]) ->
         figures |= {"error_by_bin": plots.error_by_bin(records), "error_by_site": plots.error_by_site(records)}
     if clips:
         figures["clip_table"] = plots.clip_table(clips)
+    if schedule is not None:
+        figures["error_shares"] = plots.error_shares(schedule)
     return figures
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stepquant.evaluate.metrics_file import Record
+from stepquant.recipe.schedule_file import Schedule
 from stepquant.report.tables import experts
 
 STYLE = {
@@ -141,6 +142,30 @@ def clip_table(ratios: Sequence[ClipRatio]) -> str:
         axes.grid(False)
         axes.set(title=expert, xlabel="timestep bin (0 is the noisiest)", yticks=range(len(sites)), yticklabels=sites)
         axes.set_xticks(range(table.shape[1]))
+    return _svg(figure)
+
+
+@mpl.rc_context(STYLE)
+def error_shares(schedule: Schedule) -> str:
+    """Where rounded activations cost the video: a panel per expert, sites by bins, percent of the predicted error.
+
+    Under the percentage stands in how many blocks the site takes 8-bit activations.
+    """
+    figure, panels = _panels(sorted(schedule.experts), height=3.6)
+    narrow = {name: np.array(expert.errors["activations_4_bit"]).sum(1).T for name, expert in schedule.experts.items()}
+    total = sum(table.sum() for table in narrow.values())
+    high = max(table.max() for table in narrow.values()) / total
+    for name, axes in panels.items():
+        expert, table = schedule.experts[name], narrow[name] / total
+        axes.imshow(table, cmap="Reds", aspect="auto", vmin=0, vmax=high)
+        for (row, column), share in np.ndenumerate(table):
+            blocks = sum(column in expert.bins(block, expert.sites[row]) for block in range(expert.blocks))
+            text = f"{share:.1%}" + f"\n{blocks}/{expert.blocks}" * bool(blocks)
+            ink = "white" if share > high / 2 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
+        axes.grid(False)
+        axes.set(title=name, xlabel="timestep bin (0 is the noisiest)")
+        axes.set(yticks=range(len(expert.sites)), yticklabels=expert.sites, xticks=range(table.shape[1]))
     return _svg(figure)
 
 
