@@ -170,13 +170,20 @@ def test_written_twice_it_is_the_same_bytes(tmp_path):
         "index.html",
         *(
             f"{name}.svg"
-            for name in ("psnr_by_variant", "psnr_by_frame", "error_by_bin", "error_by_site", "clip_table")
+            for name in (
+                "psnr_by_variant",
+                "psnr_by_frame",
+                "error_by_bin",
+                "error_by_site",
+                "error_shares",
+                "clip_table",
+            )
         ),
     }
 
 
 def test_a_report_on_bf16_alone_has_no_empty_figure(tmp_path):
-    page = Page(write(tmp_path, records=[record("bf16")], gallery=[], clips=[]).read_text())
+    page = Page(write(tmp_path, records=[record("bf16")], gallery=[], clips=[], schedule=None).read_text())
     assert page.all("img") == []
     assert not (tmp_path / "plots").exists()
 
@@ -194,3 +201,12 @@ def test_what_does_not_fit_together_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         write(tmp_path, **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shares_of_the_predicted_error(tmp_path):
+    """8.0 in all: in the second bin 1 of attn1.qkv, and 6 of ffn.up, one of whose two blocks takes 8 bits."""
+    write(tmp_path)
+    svg = (tmp_path / "plots/error_shares.svg").read_text()
+    found = re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+    assert [text for text in found if text in ("12.5%", "75.0%", "0.0%", "1/2")].count("12.5%") == 2
+    assert {"75.0%", "0.0%", "1/2"} <= set(found)
