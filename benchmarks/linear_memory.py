@@ -80,7 +80,7 @@ def peak_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
 
 def settings(fmt: str, targets: tuple[str, ...] = ("a",)) -> QuantizationSettings:
     """A denoiser as the default recipe makes it: low-rank branch, mean subtraction, quantized activations."""
-    return QuantizationSettings(fmt, fmt, "ceil", RANK, True, {}, (1000.0, 950.0, 900.0), targets)
+    return QuantizationSettings(fmt, fmt, "ceil", "absmax", RANK, True, {}, (1000.0, 950.0, 900.0), targets)
 
 
 def make_linear(fmt: str, K: int, N: int, device: str) -> W4A4Linear:

@@ -66,7 +66,7 @@ def source(tmp_path_factory):
 def make_settings(subfolder, weight_format, activation_format, rank, mean_subtraction=True):
     rotations = {target: 16 for target in TARGETS if target.endswith("net.2")}
     return QuantizationSettings(
-        weight_format, activation_format, "ceil", rank, mean_subtraction, rotations, EDGES[subfolder], TARGETS
+        weight_format, activation_format, "ceil", "absmax", rank, mean_subtraction, rotations, EDGES[subfolder], TARGETS
     )
 
 

@@ -19,7 +19,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, weight: str, activation: str | None):
         super().__init__()
-        settings = QuantizationSettings(weight, activation, "ceil", RANK, True, {}, (1000.0, 900.0, 0.0), ("linear",))
+        settings = QuantizationSettings(
+            weight, activation, "ceil", "absmax", RANK, True, {}, (1000.0, 900.0, 0.0), ("linear",)
+        )
         self.linear = W4A4Linear(K, N, True, settings, device="cpu", rotation=32)
         follow_timestep(self, settings.bin_edges)
 

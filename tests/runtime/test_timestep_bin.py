@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def make_linear(seed):
-    settings = QuantizationSettings("int4", "int4", "ceil", 4, False, {}, EDGES, ("linear",))
+    settings = QuantizationSettings("int4", "int4", "ceil", "absmax", 4, False, {}, EDGES, ("linear",))
     linear = W4A4Linear(64, 64, True, settings, device="cpu", rotation=16)
     g = torch.Generator().manual_seed(seed)
     linear.qweight.copy_(torch.randint(-128, 128, (64, 32), generator=g))

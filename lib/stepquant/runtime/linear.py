@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from stepquant.errors import InvalidInput
 from stepquant.formats import Scales, check_groups, get_format, unpack_nibbles
+from stepquant.quantize.activation_scales import fake_quantize_activation
 from stepquant.quantize.rotate import check_rotation, hadamard
 from stepquant.quantize.transform import transform_input
 from stepquant.runtime.absent_weight import AbsentWeight
@@ -83,6 +84,7 @@ class W4A4Linear(nn.Linear):
         self.weight_format = get_format(settings.weight_format)
         self.activation_format = None if settings.activation_format is None else get_format(settings.activation_format)
         self.activation_rounding = settings.activation_rounding
+        self.activation_scales = settings.activation_scales
         self.rank = settings.rank
         self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
@@ -173,8 +175,13 @@ class W4A4Linear(nn.Linear):
         offset: int | Tensor = 0
         if self.activation_format.name == "mxfp4":
             offset = self.clip_exponent.index_select(0, bins).view(per_sample)
-        rounded = self.activation_format.fake_quantize(
-            z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
+        rounded = fake_quantize_activation(
+            z,
+            self.activation_format,
+            self.activation_scales,
+            clip=ratio,
+            exponent_offset=offset,
+            rounding=self.activation_rounding,
         )
         return rounded.to(x.dtype)
 
