@@ -107,7 +107,7 @@ def _linear_row(name: str, linear: nn.Module, x: Tensor) -> str:
 
 def random_linear(name: str, inputs: int, outputs: int, device: str) -> W4A4Linear:
     """A quantized linear with random codes, rank 32, no rotation, one bin."""
-    settings = QuantizationSettings(name, name, "ceil", 32, True, {}, (1000.0, 0.0), ("a",))
+    settings = QuantizationSettings(name, name, "ceil", "absmax", 32, True, {}, (1000.0, 0.0), ("a",))
     linear = W4A4Linear(inputs, outputs, True, settings, device).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     for key, (shape, dtype) in linear_layout(settings, outputs, inputs).items():

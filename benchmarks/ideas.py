@@ -81,6 +81,14 @@ def mean_correction(layer: Layer, fmt: str) -> PerBin:
     return _per_bin(quantized, factors, len(search))
 
 
+# --- activations ---
+
+
+def activation_scales_by_error(layer: Layer, fmt: str) -> Quantized:
+    """format.activation_scales: error, which nvfp4 alone has; the default of the other formats."""
+    return pipeline(layer, fmt, format={"activation_scales": "error" if fmt == "nvfp4" else "absmax"})
+
+
 # --- branch and rounding ---
 
 
@@ -176,6 +184,7 @@ IDEAS: dict[str, Recipe] = {
     "rotation_16": changed(rotate={"hadamard_sizes": [0, 16]}),
     "mean_per_bin": mean_per_bin,
     "mean_correction": mean_correction,
+    "activation_scales_by_error": activation_scales_by_error,
     "noise_0.5": changed(gptq={"noise": 0.5}),
     "noise_1": changed(gptq={"noise": 1.0}),
     "noise_but_its_branch": noise_but_its_branch,

@@ -83,7 +83,8 @@ def settings(fmt: str, eight_bit_bins: tuple[int, ...] = ()) -> QuantizationSett
     """A denoiser as the default recipe makes it: low-rank branch, mean subtraction, quantized activations."""
     partner = eight_bit_partner(get_format(fmt)).name if eight_bit_bins else None
     listed = {"a": eight_bit_bins} if eight_bit_bins else {}
-    return QuantizationSettings(fmt, fmt, "ceil", RANK, True, {}, (1000.0, 950.0, 900.0), ("a",), partner, listed)
+    edges = (1000.0, 950.0, 900.0)
+    return QuantizationSettings(fmt, fmt, "ceil", "absmax", RANK, True, {}, edges, ("a",), partner, listed)
 
 
 def make_linear(fmt: str, K: int, N: int, device: str, eight_bit_bins: tuple[int, ...] = ()) -> W4A4Linear:

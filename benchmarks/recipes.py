@@ -86,7 +86,8 @@ class Settings:
     @classmethod
     def of(cls, fmt: str, **changes: dict[str, Any]) -> "Settings":
         params = {name: section(PROFILES / "demo.yaml", name) for name in SECTIONS}
-        for name, keys in ({"format": {"weight": fmt, "activation": fmt}} | changes).items():
+        changes = changes | {"format": {"weight": fmt, "activation": fmt} | changes.get("format", {})}
+        for name, keys in changes.items():
             params[name] = params[name].model_copy(update=keys)
         return cls(
             *(
@@ -161,7 +162,7 @@ def deepcompressor(layer: Layer, fmt: str) -> Quantized:
 
 
 def _scheme(fmt: str) -> QuantScheme:
-    return QuantScheme(get_format(fmt), "ceil", get_format(fmt), "ceil")
+    return QuantScheme(get_format(fmt), "ceil", get_format(fmt), "ceil", "absmax")
 
 
 def _smoothed_by_search(

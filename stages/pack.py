@@ -109,6 +109,7 @@ class Packer:
             weight_format=self.scheme.weight.name,
             activation_format=None if activation is None else activation.name,
             activation_rounding=self.scheme.activation_rounding,
+            activation_scales=self.scheme.activation_scales,
             rank=self.rank,
             mean_subtraction=self.mean_subtraction,
             rotations=rotations,

@@ -86,6 +86,8 @@ REFUSALS = [
     ("format.weight", "int8", "'int4', 'mxfp4' or 'nvfp4'"),
     ("format.activation", "bf16", "'int4', 'mxfp4' or 'nvfp4'"),
     ("format.e8m0_weight", "round", "'floor' or 'ceil'"),
+    ("format.activation_scales", "mse", "'absmax' or 'error'"),
+    ("format.activation_scales", "error", "format.activation is 'int4'; allowed: 'absmax', or 'error' with 'nvfp4'"),
     ("smooth.alpha", 1.5, "less than or equal to 1"),
     ("smooth.alpha", "find", "'search'"),
     ("smooth.beta", -0.5, "greater than or equal to 0"),

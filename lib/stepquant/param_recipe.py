@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stepquant.param_sections import NonNegative, Positive, Section
 
@@ -19,12 +19,23 @@ class Format(Section):
         activation: Format of the activations.
         e8m0_weight: How mxfp4 rounds the power-of-two scale of weights; other formats do not use it.
         e8m0_activation: The same for activations.
+        activation_scales: Scale of an activation group from its `absmax`, or of two the one with the smaller rounding
+            `error` (nvfp4).
     """
 
     weight: FormatName
     activation: FormatName
     e8m0_weight: Rounding
     e8m0_activation: Rounding
+    activation_scales: Literal["absmax", "error"]
+
+    @field_validator("activation_scales")
+    @classmethod
+    def _of_this_format(cls, value: str, info: ValidationInfo) -> str:
+        activation = info.data.get("activation")  # None if it is wrong itself
+        if value == "error" and activation not in ("nvfp4", None):
+            raise ValueError(f"format.activation is {activation!r}; allowed: 'absmax', or 'error' with 'nvfp4'")
+        return value
 
 
 class Smooth(Section):

@@ -76,6 +76,7 @@ def make_settings(subfolder, weight_format, activation_format, rank, mean_subtra
         weight_format,
         activation_format,
         "ceil",
+        "absmax",
         rank,
         mean_subtraction,
         rotations,

@@ -17,7 +17,7 @@ def packed_int4():
     return pack_linear(codes, scales, smooth, proj_down=down, proj_up=up, clip_ratio=torch.tensor([1.0, 0.9]))
 
 
-SETTINGS = QuantizationSettings("int4", "int4", "ceil", 3, False, {}, (1000.0, 950.0, 900.0), ("a",))
+SETTINGS = QuantizationSettings("int4", "int4", "ceil", "absmax", 3, False, {}, (1000.0, 950.0, 900.0), ("a",))
 
 
 def test_bytes_by_hand():
@@ -39,7 +39,7 @@ def test_tensor_scale():
     packed = pack_linear(codes, Scales(group, torch.tensor(0.0078125)), smooth)
     assert packed.wtscale.dtype == torch.bfloat16 and packed.wtscale.tolist() == [2**-7]
     assert packed.wcscales.dtype == torch.bfloat16 and packed.wcscales.tolist() == [1.0, 1.0]
-    packed.check(QuantizationSettings("nvfp4", None, "ceil", 0, False, {}, (1000.0, 0.0), ("a",)), N=2, K=16)
+    packed.check(QuantizationSettings("nvfp4", None, "ceil", "absmax", 0, False, {}, (1000.0, 0.0), ("a",)), N=2, K=16)
     with pytest.raises(ValueError, match="not a bfloat16 value"):
         pack_linear(codes, Scales(group, torch.tensor(1 / 3)), smooth)
 

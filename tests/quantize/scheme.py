@@ -7,7 +7,9 @@ from stepquant.quantize.quantized_layer import LayerSpec, QuantScheme
 def scheme(name: str) -> QuantScheme:
     """Weights and activations in the same format, scales by ceil."""
     fmt = get_format(name)
-    return QuantScheme(weight=fmt, weight_rounding="ceil", activation=fmt, activation_rounding="ceil")
+    return QuantScheme(
+        weight=fmt, weight_rounding="ceil", activation=fmt, activation_rounding="ceil", activation_scales="absmax"
+    )
 
 
 def layer_spec(name: str, rank: int = 8) -> LayerSpec:

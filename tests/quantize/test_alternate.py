@@ -63,7 +63,7 @@ def problem_of(W, H, transform, noise=None):
 
 def rounded(problem, branch, name, activation=None) -> QuantizedLayer:
     fmt = get_format(name)
-    scheme = QuantScheme(fmt, "ceil", activation and get_format(activation), "ceil")
+    scheme = QuantScheme(fmt, "ceil", activation and get_format(activation), "ceil", "absmax")
     return rounded_by_gptq(problem, branch, scheme, partial(scales_by_error, fmt))
 
 
@@ -126,7 +126,9 @@ def noisy(case):
     """A problem with noise, and W, H + damping and D of it in the transformed space, float64."""
     W, train, H, smooth, *_ = case
     transform = InputTransform(smooth, torch.zeros_like(smooth), 32)
-    noise = rounding_noise([train], transform, QuantScheme(get_format("int4"), "ceil", get_format("int4"), "ceil"))
+    noise = rounding_noise(
+        [train], transform, QuantScheme(get_format("int4"), "ceil", get_format("int4"), "ceil", "absmax")
+    )
     problem = problem_of(W, H, transform, noise)
     D = torch.diag(noise.double())
     damped = transform.hessian(H).double()
@@ -144,7 +146,9 @@ def test_noise_is_the_variance_that_rounding_adds(case):
         z = (x / smooth.float()).unflatten(-1, (-1, 64))
         step = z.abs().amax(-1, keepdim=True).bfloat16().float() / 7
         expected.append(((z / step).round() * step - z).square().flatten(1).mean(0))
-    found = rounding_noise(samples, transform, QuantScheme(get_format("int4"), "ceil", get_format("int4"), "ceil"))
+    found = rounding_noise(
+        samples, transform, QuantScheme(get_format("int4"), "ceil", get_format("int4"), "ceil", "absmax")
+    )
     torch.testing.assert_close(found, (expected[0] + expected[1]) / 2, rtol=0.02, atol=0)
 
 

@@ -16,7 +16,9 @@ FORMATS = ["int4", "mxfp4", "nvfp4"]
 def factors_of(W, x, name):
     fmt = get_format(name)
     smooth = smoothing_factor(x.abs().amax(0), W.abs().amax(0), alpha=0.5, beta=0.5)
-    scheme = QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+    scheme = QuantScheme(
+        weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil", activation_scales="absmax"
+    )
     return nearest_factors(W, InputTransform.smoothing(smooth), LayerSpec(8, 0, scheme))
 
 

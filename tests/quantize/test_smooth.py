@@ -22,7 +22,9 @@ CANDIDATES = [(0.0, 0.0), (0.5, 0.5), (0.8, 0.2), (0.6, 0.0)]
 
 def scheme(name: str) -> QuantScheme:
     fmt = get_format(name)
-    return QuantScheme(weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil")
+    return QuantScheme(
+        weight=fmt, weight_rounding="floor", activation=fmt, activation_rounding="ceil", activation_scales="absmax"
+    )
 
 
 def layer_spec(name: str, rank: int = 8) -> LayerSpec:
@@ -168,7 +170,9 @@ def test_another_candidate_never_raises_the_score(layer, name):
 def test_unquantized_activations(layer):
     W, x = layer
     fmt = get_format("int4")
-    w4a16 = QuantScheme(weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil")
+    w4a16 = QuantScheme(
+        weight=fmt, weight_rounding="ceil", activation=None, activation_rounding="ceil", activation_scales="absmax"
+    )
     ones = InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16))
     factors = nearest_factors(W, ones, LayerSpec(0, 0, w4a16))
     torch.testing.assert_close(quantized_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)

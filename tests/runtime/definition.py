@@ -26,14 +26,31 @@ GRID = {
 
 
 def make_linear(
-    weight, activation, rank=R, rounding="ceil", bias=True, mean_subtraction=False, rotation=0, eight_bit_bins=()
+    weight,
+    activation,
+    rank=R,
+    rounding="ceil",
+    bias=True,
+    mean_subtraction=False,
+    rotation=0,
+    eight_bit_bins=(),
+    scales="absmax",
 ):
     """A linear of three bins with seeded tensors."""
     eight_bits = {}
     if eight_bit_bins:
         eight_bits = {"eight_bit_format": EIGHT_BITS[activation], "eight_bit_bins": {"a": eight_bit_bins}}
     settings = QuantizationSettings(
-        weight, activation, rounding, rank, mean_subtraction, {}, (1000.0, 900.0, 600.0, 0.0), ("a",), **eight_bits
+        weight,
+        activation,
+        rounding,
+        scales,
+        rank,
+        mean_subtraction,
+        {},
+        (1000.0, 900.0, 600.0, 0.0),
+        ("a",),
+        **eight_bits,
     )
     linear = W4A4Linear(K, N, bias, settings, device="cpu", rotation=rotation, eight_bit_bins=eight_bit_bins)
     g = torch.Generator().manual_seed(1)

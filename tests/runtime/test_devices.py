@@ -22,7 +22,7 @@ class Denoiser(nn.Module):
         edges, bins = (1000.0, 900.0, 0.0), (1,) if eight_bits else ()
         listed = {"linear": bins} if eight_bits else {}
         settings = QuantizationSettings(
-            weight, activation, "ceil", RANK, True, {}, edges, ("linear",), eight_bits, listed
+            weight, activation, "ceil", "absmax", RANK, True, {}, edges, ("linear",), eight_bits, listed
         )
         self.linear = W4A4Linear(K, N, True, settings, device="cpu", rotation=32, eight_bit_bins=bins)
         follow_timestep(self, settings.bin_edges)

@@ -133,14 +133,18 @@ def test_moves_and_copies_keep_the_bins():
 
 
 def test_the_table_has_values_where_the_rest_is_on_meta():
-    settings = QuantizationSettings("int4", "int4", "ceil", 0, False, {}, (9.0, 5.0, 0.0), ("a",), "int8", {"a": (1,)})
+    settings = QuantizationSettings(
+        "int4", "int4", "ceil", "absmax", 0, False, {}, (9.0, 5.0, 0.0), ("a",), "int8", {"a": (1,)}
+    )
     linear = W4A4Linear(K, N, True, settings, device="meta", eight_bit_bins=(1,))
     assert linear.qweight.is_meta and linear.has_eight_bits.tolist() == [False, True]
 
 
 def test_the_group_of_eight_bits_must_divide_the_channels():
     """48 channels are three groups of nvfp4, but not a whole number of mxfp8."""
-    settings = QuantizationSettings("nvfp4", "nvfp4", "ceil", 0, False, {}, (9.0, 0.0), ("a",), "mxfp8", {"a": (0,)})
+    settings = QuantizationSettings(
+        "nvfp4", "nvfp4", "ceil", "absmax", 0, False, {}, (9.0, 0.0), ("a",), "mxfp8", {"a": (0,)}
+    )
     W4A4Linear(48, N, True, settings, device="cpu")
     with pytest.raises(UserError, match="48 channels .* mxfp8 groups; allowed: a multiple of 32"):
         W4A4Linear(48, N, True, settings, device="cpu", eight_bit_bins=(0,))
@@ -148,13 +152,15 @@ def test_the_group_of_eight_bits_must_divide_the_channels():
 
 @pytest.mark.parametrize("bins", [(3,), (-1,), (0, 3)], ids=str)
 def test_bins_that_do_not_exist(bins):
-    settings = QuantizationSettings("int4", "int4", "ceil", 0, False, {}, (9.0, 0.0), ("a",), "int8", {"a": (0,)})
+    settings = QuantizationSettings(
+        "int4", "int4", "ceil", "absmax", 0, False, {}, (9.0, 0.0), ("a",), "int8", {"a": (0,)}
+    )
     with pytest.raises(InvalidInput, match="eight_bit_format 'int8' and 1 bins; allowed: indices of bins"):
         W4A4Linear(K, N, True, settings, device="cpu", eight_bit_bins=bins)
 
 
 def test_bins_without_a_format():
-    settings = QuantizationSettings("int4", "int4", "ceil", 0, False, {}, (9.0, 0.0), ("a",))
+    settings = QuantizationSettings("int4", "int4", "ceil", "absmax", 0, False, {}, (9.0, 0.0), ("a",))
     with pytest.raises(InvalidInput, match=r"are \[0\], but the settings have eight_bit_format None"):
         W4A4Linear(K, N, True, settings, device="cpu", eight_bit_bins=(0,))
 

@@ -11,6 +11,7 @@ SETTINGS = QuantizationSettings(
     "nvfp4",
     "mxfp4",
     "ceil",
+    "absmax",
     16,
     True,
     {TARGETS[1]: 64},
@@ -25,6 +26,7 @@ CONFIG = {
     "weight_format": "nvfp4",
     "activation_format": "mxfp4",
     "activation_rounding": "ceil",
+    "activation_scales": "absmax",
     "rank": 16,
     "mean_subtraction": True,
     "rotations": {"blocks.0.ffn.net.2": 64},
@@ -70,6 +72,8 @@ def test_the_eight_bit_format_belongs_to_that_of_the_activations(activation, eig
         ({"activation_format": "mxfp8"}, "activation_format is 'mxfp8'; allowed: int4, mxfp4, nvfp4"),
         ({"activation_format": "fp8"}, "activation_format is 'fp8'; allowed"),
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
+        ({"activation_scales": "max"}, "activation_scales is 'max'; allowed: absmax, error"),
+        ({"activation_scales": "error"}, "activation_scales is 'error', but activations are mxfp4; allowed: 'absmax'"),
         ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
         ({"rank": "16"}, "rank is '16'"),
         ({"mean_subtraction": 1}, "mean_subtraction is 1; allowed: true, false"),
@@ -185,10 +189,12 @@ def test_missing_keys():
     ],
 )
 def test_tensors_of_a_linear(weight, activation, rank, expected):
-    settings = QuantizationSettings(weight, activation, "ceil", rank, False, {}, (1000.0, 900.0, 600.0, 0.0), ("a",))
+    settings = QuantizationSettings(
+        weight, activation, "ceil", "absmax", rank, False, {}, (1000.0, 900.0, 600.0, 0.0), ("a",)
+    )
     assert linear_layout(settings, N=256, K=128) == expected
 
 
 def test_a_layout_with_mean_subtraction_has_a_mean():
-    settings = QuantizationSettings("int4", "int4", "ceil", 0, True, {}, (1000.0, 0.0), ("a",))
+    settings = QuantizationSettings("int4", "int4", "ceil", "absmax", 0, True, {}, (1000.0, 0.0), ("a",))
     assert linear_layout(settings, N=256, K=128)["mean"] == ((128,), torch.bfloat16)

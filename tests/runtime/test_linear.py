@@ -64,6 +64,20 @@ def test_activation_rounding_floor():
     torch.testing.assert_close(linear.quantized_input(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bin_", [0, 1])
+def test_activation_scales_by_error(bin_):
+    """Of absmax / 6 and absmax / 4, each times the clip: per group what rounds to the smaller squared error."""
+    linear = make_linear("int4", "nvfp4", scales="error")
+    linear.bin.set(bin_)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) ** 3
+    z = x / linear.smooth_factor.float()
+    six, four = (activation_by_hand(z, "nvfp4", RATIOS[bin_] * factor, 0, "ceil") for factor in (1, 1.5))
+    errors = [(rounded - z).view(3, -1, 16).square().sum(-1, keepdim=True) for rounded in (six, four)]
+    assert 0.1 < (errors[1] < errors[0]).float().mean() < 0.9
+    expected = torch.where(errors[1] < errors[0], four.view(3, -1, 16), six.view(3, -1, 16)).view(3, K)
+    torch.testing.assert_close(linear.quantized_input(x), expected, rtol=1e-6, atol=0)
+
+
 def test_no_bias():
     linear = make_linear("int4", "int4", bias=False)
     assert linear.bias is None
@@ -100,15 +114,15 @@ def test_weight_takes_four_bits_and_its_scales():
 
 
 def test_group_must_divide_the_channels():
-    settings = QuantizationSettings("nvfp4", "int4", "ceil", 0, False, {}, (1000.0, 0.0), ("a",))
+    settings = QuantizationSettings("nvfp4", "int4", "ceil", "absmax", 0, False, {}, (1000.0, 0.0), ("a",))
     with pytest.raises(UserError, match="96 channels .* int4 groups; allowed: a multiple of 64"):
         W4A4Linear(96, N, True, settings, device="cpu")
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_compiles_once_over_bins(fmt):
+@pytest.mark.parametrize(("fmt", "scales"), [*((fmt, "absmax") for fmt in FORMATS), ("nvfp4", "error")])
+def test_compiles_once_over_bins(fmt, scales):
     torch._dynamo.reset()
-    linear = make_linear(fmt, fmt)
+    linear = make_linear(fmt, fmt, scales=scales)
     counter = CompileCounter()
     compiled = torch.compile(linear, backend=counter, fullgraph=True)
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(2))

@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, fmt):
         super().__init__()
-        settings = QuantizationSettings(fmt, fmt, "ceil", 0, False, {}, EDGES, ("linear",))
+        settings = QuantizationSettings(fmt, fmt, "ceil", "absmax", 0, False, {}, EDGES, ("linear",))
         self.linear = W4A4Linear(128, 8, False, settings, device="cpu")
         g = torch.Generator().manual_seed(1)
         self.linear.qweight.copy_(torch.randint(-128, 128, (8, 64), generator=g))

@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 def make_linear(seed, eight_bit_bins):
     eight_bits = {"linear": eight_bit_bins}
-    settings = QuantizationSettings("int4", "int4", "ceil", 4, False, {}, EDGES, ("linear",), "int8", eight_bits)
+    settings = QuantizationSettings(
+        "int4", "int4", "ceil", "absmax", 4, False, {}, EDGES, ("linear",), "int8", eight_bits
+    )
     linear = W4A4Linear(64, 64, True, settings, device="cpu", rotation=16, eight_bit_bins=eight_bit_bins)
     g = torch.Generator().manual_seed(seed)
     linear.qweight.copy_(torch.randint(-128, 128, (64, 32), generator=g))

@@ -199,6 +199,7 @@ def packed_expert(run: Workload, expert: ExpertRun, variant: str = "full") -> Si
         weight_format=formats.weight,
         activation_format=formats.activation if recipe.activations else None,
         activation_rounding=formats.e8m0_activation,
+        activation_scales=formats.activation_scales,
         rank=run.parameter("lowrank", expert.name).rank if recipe.low_rank else 0,
         mean_subtraction=run.parameter("center", expert.name).means and recipe.low_rank,
         rotations={},

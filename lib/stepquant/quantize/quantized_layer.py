@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stepquant.errors import InvalidInput
 from stepquant.formats import Format, Scales
+from stepquant.quantize.activation_scales import fake_quantize_activation
 from stepquant.quantize.transform import InputTransform
 
 
@@ -34,12 +35,14 @@ class QuantScheme:
         weight_rounding: How an E8M0 scale of the weight is rounded, "floor" or "ceil" (mxfp4; other formats ignore it).
         activation: Format of the activations; None leaves them unquantized (W4A16).
         activation_rounding: As weight_rounding, for the activations.
+        activation_scales: How the scale of an activation group is chosen, as in `fake_quantize_activation`.
     """
 
     weight: Format
     weight_rounding: str
     activation: Format | None
     activation_rounding: str
+    activation_scales: str
 
     @property
     def activation_format(self) -> Format:
@@ -112,8 +115,13 @@ def fake_quantize_input(z: Tensor, scheme: QuantScheme, clip: float | Tensor, ex
     """The transformed input z [T, K] rounded to the activation format; z itself if activations stay unquantized."""
     if scheme.activation is None:
         return z
-    return scheme.activation.fake_quantize(
-        z, clip=clip, exponent_offset=exponent_offset, rounding=scheme.activation_rounding
+    return fake_quantize_activation(
+        z,
+        scheme.activation,
+        scheme.activation_scales,
+        clip=clip,
+        exponent_offset=exponent_offset,
+        rounding=scheme.activation_rounding,
     )
 
 

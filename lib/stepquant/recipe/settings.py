@@ -10,7 +10,11 @@ from stepquant.quantize.quantized_layer import QuantScheme
 def quant_scheme(formats: Format) -> QuantScheme:
     """The formats section in the form that quantize/ uses. Raises UserError for a format that does not exist."""
     return QuantScheme(
-        get_format(formats.weight), formats.e8m0_weight, get_format(formats.activation), formats.e8m0_activation
+        get_format(formats.weight),
+        formats.e8m0_weight,
+        get_format(formats.activation),
+        formats.e8m0_activation,
+        formats.activation_scales,
     )
 
 

@@ -50,6 +50,8 @@ quantization_config:
     weight_format        "int4", "mxfp4" or "nvfp4"
     activation_format    the same, or null if activations stay unquantized
     activation_rounding  "floor" or "ceil": how the E8M0 scale of an activation group is rounded
+    activation_scales    "absmax", or "error" (nvfp4 activations): of absmax / 6 and absmax / 4, the scale with the
+                         smaller squared error of the group, times the clip; of equal errors the first
     rank                 R
     mean_subtraction     bool
     rotations            {module path: Hadamard size}
@@ -69,6 +71,7 @@ import torch
 
 from stepquant.errors import InvalidInput, UnsupportedCheckpoint
 from stepquant.formats import eight_bit_partner, four_bit_names, get_format
+from stepquant.quantize.activation_scales import check_scale_rule
 
 QUANT_METHOD = "stepquant"
 VERSION = 3
@@ -87,6 +90,7 @@ class QuantizationSettings:
     weight_format: str
     activation_format: str | None
     activation_rounding: str
+    activation_scales: str
     rank: int
     mean_subtraction: bool
     rotations: dict[str, int]
@@ -101,6 +105,7 @@ class QuantizationSettings:
             _check_four_bits("activation_format", self.activation_format)
         if self.activation_rounding not in ROUNDINGS:
             raise InvalidInput(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
+        check_scale_rule(self.activation_scales, self.activation_format, "activation_scales")
         if not isinstance(self.rank, int) or self.rank < 0:
             raise InvalidInput(f"rank is {self.rank!r}; allowed: an integer of at least 0")
         if not isinstance(self.mean_subtraction, bool):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from stepquant.errors import InvalidInput
 from stepquant.formats import Format, Scales, check_groups, get_format, unpack_nibbles
+from stepquant.quantize.activation_scales import fake_quantize_activation
 from stepquant.quantize.rotate import check_rotation, hadamard
 from stepquant.quantize.transform import transform_input
 from stepquant.runtime.absent_weight import AbsentWeight
@@ -91,6 +92,7 @@ class W4A4Linear(nn.Linear):
         self.weight_format = get_format(settings.weight_format)
         self.activation_format = None if settings.activation_format is None else get_format(settings.activation_format)
         self.activation_rounding = settings.activation_rounding
+        self.activation_scales = settings.activation_scales
         self.rank = settings.rank
         self.mean_subtraction = settings.mean_subtraction
         self.rotation = rotation
@@ -196,7 +198,9 @@ class W4A4Linear(nn.Linear):
         """The transformed input z rounded with the clip of each bin, float32."""
         ratio = _per_sample(self.clip_ratio, bins, z)
         offset = _per_sample(self.clip_exponent, bins, z) if fmt.name == "mxfp4" else 0
-        return fmt.fake_quantize(z, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding)
+        return fake_quantize_activation(
+            z, fmt, self.activation_scales, clip=ratio, exponent_offset=offset, rounding=self.activation_rounding
+        )
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The 4-bit part of the weight, [N, K]. It applies to the transformed input and excludes the low-rank branch.
