@@ -12,8 +12,11 @@ from stepquant.command_runner import command, main
 from stepquant.compute.progress import meter
 from stepquant.compute.task import Task
 from stepquant.compute.units import gather
+from stepquant.formats import check_groups, eight_bit_partner, get_format
 from stepquant.models.bins import expert_bins
+from stepquant.models.manifest import ModelManifest
 from stepquant.models.sampling import guidance
+from stepquant.params import Format
 from stepquant.storage.json_files import read_json
 
 READS = ("compute", "sampling", "bins", "format", "sensitivity")
@@ -34,6 +37,7 @@ def sensitivity(expert: Expert, params: ParamsFile = Path("params.yaml")) -> Non
             "residual": artifacts.residual(expert),
             "clip": artifacts.clip(expert),
         }
+        check_eight_bits(manifest, expert, stage["format"])
         bins = expert_bins(stage["bins"].by_expert, expert, manifest.expert(expert).t_range)
         steps = measured_steps(trajectories.calls(expert), bins, settings)
         scale = guidance(stage["sampling"], list(manifest.experts).index(expert))
@@ -48,6 +52,13 @@ def sensitivity(expert: Expert, params: ParamsFile = Path("params.yaml")) -> Non
         with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
             units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
         gather(units, artifacts.sensitivity(expert), {"manifest.json": manifest_text(steps, bins)})
+
+
+def check_eight_bits(manifest: ModelManifest, expert: str, formats: Format) -> None:
+    """Refuse a model with a site whose channels cannot be divided into the groups of the 8-bit format."""
+    wide = eight_bit_partner(get_format(formats.activation))
+    for name, site in manifest.expert(expert).sites.items():
+        check_groups(site.columns, wide, f"8-bit activations, {expert} {name}")
 
 
 if __name__ == "__main__":
