@@ -51,11 +51,11 @@ def fake_quantize_activation(
     Returns:
         float32 [..., K].
     """
-    amax = fmt.amax(z)
-    rounded = fmt.fake_quantize(z, clip=clip, exponent_offset=exponent_offset, rounding=rounding, amax=amax)
+    amax = fmt.amax(z) * clip
+    rounded = fmt.fake_quantize(z, exponent_offset=exponent_offset, rounding=rounding, amax=amax)
     if rule == "absmax":
         return rounded
-    other = fmt.fake_quantize(z, clip=LARGEST_TO_FOUR * clip, rounding=rounding, amax=amax)
+    other = fmt.fake_quantize(z, clip=LARGEST_TO_FOUR, rounding=rounding, amax=amax)
     z, rounded, other = (torch.unflatten(values, -1, (-1, fmt.group)) for values in (z, rounded, other))
     better = (other - z).square_().sum(-1, keepdim=True) < (rounded - z).square_().sum(-1, keepdim=True)
     return torch.where(better, other, rounded).flatten(-2)
