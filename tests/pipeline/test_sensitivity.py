@@ -17,7 +17,9 @@ from stepquant.storage.json_files import read_json
 from tests.workspace import TINY_MODEL
 
 EXPERT, BLOCK = "low_noise", 1
-SMALL = 0.01  # of the error: the derivative is wanted, not the effect of the whole error
+# Of the error: the derivative is wanted, not the effect of the whole error. Less would drown in rounding: diffusers
+# computes norms in float32, whatever the dtype is.
+SMALL = 0.2
 
 
 def in_double(arguments):
@@ -73,5 +75,6 @@ def test_products_are_derivatives_by_the_errors_of_the_packed_linears(workspace,
     size = -SMALL
     below = probed()
     products = load_file(folder / step["name"] / PRODUCTS)["products"]
-    found = products[0, ERRORS.index(kind), BLOCK, list(described.sites).index(site_name)].sum().item()
-    assert found == pytest.approx((above - below) / (2 * SMALL), rel=0.02)
+    found = products[0, ERRORS.index(kind), BLOCK, list(described.sites).index(site_name)]
+    # Groups of tokens have both signs; their rounding is relative to what is added, not to the sum.
+    assert found.sum().item() == pytest.approx((above - below) / (2 * SMALL), abs=0.01 * found.abs().sum().item())
