@@ -49,11 +49,11 @@ def from_e2m1_codes(codes: Tensor) -> Tensor:
 class E2M1Format(Format):
     """A format with E2M1 elements; the subclass defines the scales."""
 
-    def round_to_grid(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """As `round_e2m1`."""
         return round_e2m1(y)
 
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """As `to_e2m1_codes`."""
         return to_e2m1_codes(y)
 

@@ -31,13 +31,13 @@ class Int4(Format):
         """None: int4 has no per-tensor scale."""
         return None
 
-    def round_to_grid(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """y rounded in place to -8..7."""
         return y.round_().clamp_(-8, 7)
 
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """Two's-complement nibbles of y; overwrites y."""
-        return self.round_to_grid(y).to(torch.int8).view(torch.uint8) & 0x0F
+        return self.round_to_grid(y, scale).to(torch.int8).view(torch.uint8) & 0x0F
 
     def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
         return Scales(_to_bfloat16((amax / 7).clamp(min=_SMALLEST_SCALE)), None)

@@ -3,12 +3,14 @@
 from torch import Tensor
 
 from stepquant.errors import InvalidInput
+from stepquant.formats.asym_w4a8 import AsymW4A8
 from stepquant.formats.base import Format, Scales, check_finite
 from stepquant.formats.int4 import Int4
+from stepquant.formats.int8_row import Int8Row
 from stepquant.formats.mxfp4 import Mxfp4
 from stepquant.formats.nvfp4 import Nvfp4
 
-_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Int4(), Mxfp4(), Nvfp4())}
+_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Int4(), Mxfp4(), Nvfp4(), AsymW4A8(), Int8Row())}
 
 
 def get_format(name: str) -> Format:

@@ -1,0 +1,126 @@
+"""asym_w4a8: 4-bit codes of 16 uneven levels, an E4M3 scale per 16 values, a float32 scale per row; weights only.
+
+The weight format of ComfyUI's `asym_w4a8_int8` (comfy-kitchen 0.2.40, tensor/w4a8_int8.py), whose kernels decode a
+weight to int8 and multiply it with int8 activations (int8_row.py).
+
+Storage contract of x [N, K]:
+    codes   uint8 [N, K]              index into CODEBOOK
+    scales  float8_e4m3fn [N, K/16]   relative to the row's scale, 2^-6 .. 448
+    row     float32 [N]
+    x = clamp(round(CODEBOOK[code] * scale), -127, 127) * row
+
+So the levels of a group are integers, unevenly spaced, and differ from those of a group with another scale by more
+than a factor: a value is encoded to the nearest of its own group's levels, a tie to the lower one.
+
+A file may name another codebook, or none, which stands for code - 8. We write this one always: comfy-kitchen's fast
+CUDA path takes no other, and rotated weights are close to Gaussian, for which it is optimal.
+"""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import InvalidInput
+from stepquant.formats.base import Format, ScaleOptions, Scales
+
+# The 16 levels with the smallest squared error (Lloyd, Max) for Gaussian values over their group's largest magnitude.
+CODEBOOK = (
+    *(-0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720),
+    *(0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671),
+)
+_E4M3 = torch.finfo(torch.float8_e4m3fn)
+_INT8_MAX = 127.0
+_SMALLEST_ROW = torch.finfo(torch.float32).tiny  # its reciprocal is finite
+
+
+class AsymW4A8(Format):
+    """Codebook elements with an E4M3 scale per group and a scale per row; the header of this file states the layout."""
+
+    name = "asym_w4a8"
+    group = 16
+    bits = 4 + 8 / 16
+    scale_dtype = torch.float8_e4m3fn
+    has_row_scale = True
+
+    def tensor_scale(self, x: Tensor) -> None:
+        """None: the scale per row takes its place."""
+        return None
+
+    def scales(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Scales:
+        """Scales of x [N, K]: the row's largest magnitude becomes 127, whatever the clip of its groups.
+
+        Arguments and errors as in `Format.scales`.
+        """
+        self._check_options(options.get("tensor"), options.get("exponent_offset", 0))
+        given = options.get("amax")
+        amax = self.amax(x) if given is None else given
+        row = (amax.amax(-1) / _INT8_MAX).clamp(min=_SMALLEST_ROW)
+        group = amax * options.get("clip", 1.0) / row.unsqueeze(-1)
+        return Scales(group.clamp(_E4M3.tiny, _E4M3.max).to(torch.float8_e4m3fn), None, row)
+
+    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+        """Codes (uint8, 0..15) of x [N, K]: the nearest level of the group, a tie to the lower one, saturating."""
+        return _nearest(self._in_rows(x, scales), self._scale(scales)).flatten(-2).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
+        """float32 values [N, K] of codes [N, K]."""
+        levels = _levels(self._grouped(codes).int(), self._scale(scales))
+        return levels.flatten(-2).mul_(_row(scales))
+
+    def fake_quantize(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Tensor:
+        """x rounded to the format; arguments and errors as in `Format.fake_quantize`."""
+        scales = self.scales(x, **options)
+        scale = self._scale(scales)
+        levels = _levels(_nearest(self._in_rows(x, scales), scale), scale)
+        return levels.flatten(-2).mul_(_row(scales)).to(x.dtype)
+
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
+        """y (float32, x / row / scale) rounded in place to the levels of its scale, of the shape of y."""
+        return y.copy_(_levels(_nearest(y * scale, scale), scale).div_(scale))
+
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
+        """uint8 codes of y, rounded as by `round_to_grid`."""
+        return _nearest(y * scale, scale).to(torch.uint8)
+
+    def _in_rows(self, x: Tensor, scales: Scales) -> Tensor:
+        """x in units of its row's scale, float32 [N, K/16, 16]."""
+        return self._grouped(x.float() / _row(scales))
+
+    def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
+        raise NotImplementedError("`scales` needs the magnitudes of the whole row before they are clipped")
+
+    def _scale(self, scales: Scales) -> Tensor:
+        return scales.group.float().unsqueeze(-1)
+
+    def _reciprocal(self, scales: Scales) -> Tensor:
+        return scales.group.float().reciprocal()
+
+    def _from_codes(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError("a code has no value without its group's scale; see `decode`")
+
+
+def _nearest(t: Tensor, scale: Tensor) -> Tensor:
+    """Codes, int32, of t in units of the row's scale; scale is the group's, broadcastable to t."""
+    codebook = torch.tensor(CODEBOOK, device=t.device)
+    found = torch.bucketize(t / scale, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
+    # That is nearest to the level before it is rounded to an integer. Rounding moves levels by at most 1/2, so the
+    # nearest integer is that of this code or of a neighbour.
+    here = _levels(found, scale)
+    lower = t <= (_levels((found - 1).clamp_(min=0), scale) + here) / 2
+    upper = t > (_levels((found + 1).clamp_(max=15), scale) + here) / 2
+    return found - (lower & (found > 0)).int() + (upper & (found < 15)).int()
+
+
+def _levels(codes: Tensor, scale: Tensor) -> Tensor:
+    """The integers, as float32, that int32 codes stand for under a group's scale, broadcastable to codes."""
+    codebook = torch.tensor(CODEBOOK, device=codes.device)
+    values = codebook.index_select(0, codes.flatten()).view(codes.shape)
+    return values.mul_(scale).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+
+
+def _row(scales: Scales) -> Tensor:
+    """The scale of each row, [N, 1]."""
+    if scales.row is None:
+        raise InvalidInput("asym_w4a8 scales: the scale per row is missing; expected float32 [N]")
+    return scales.row.unsqueeze(-1)
