@@ -4,7 +4,7 @@ artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, 
 artifacts/<stage>/<expert>/<block>/...              see recipe/site_files.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from stepquant.formats import check_groups, get_format
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
-from stepquant.params import Compute, Format
+from stepquant.params import Compute, Format, Rotate
 from stepquant.quantize.rotate import check_rotation
 from stepquant.recipe.site_files import FACTORS, RECORD, SiteRecord, block_tensors
 from stepquant.storage.json_files import read_json, to_json
@@ -107,7 +107,7 @@ def run_blocks(
 
 
 def check_shapes(
-    manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()
+    manifest: ModelManifest, expert: str, formats: Format, rank: int, rotate: Rotate | None = None
 ) -> None:
     """Refuse settings that do not fit the model, before any work.
 
@@ -116,7 +116,7 @@ def check_shapes(
         expert: Name of the expert.
         formats: Formats whose group sizes must divide the channels of every site.
         rank: Rank of the low-rank branch, at most the smaller dimension of every site's weight.
-        hadamard_sizes: Sizes that must divide the channels of every site.
+        rotate: Hadamard sizes that must divide the channels of every site; None for none.
 
     Raises:
         UserError: The first of them that does not fit.
@@ -125,8 +125,9 @@ def check_shapes(
         where, rows, columns = f"{expert} {name}", site.rows, site.columns
         for kind in ("weight", "activation"):
             check_groups(columns, get_format(getattr(formats, kind)), f"format.{kind}, {where}")
-        for size in hadamard_sizes:
-            check_rotation(size, columns, f"rotate.hadamard_sizes, {where}")
+        if rotate is not None:
+            for size in rotate.hadamard_sizes:
+                check_rotation(size, columns, f"rotate.hadamard_sizes, {where}", kind=rotate.hadamard)
         if rank > min(rows, columns):
             raise UserError(
                 f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}"

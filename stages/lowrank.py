@@ -27,7 +27,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
         manifest = described_model()
-        check_shapes(manifest, expert, settings.format, settings.lowrank.rank, settings.rotate.hadamard_sizes)
+        check_shapes(manifest, expert, settings.format, settings.lowrank.rank, settings.rotate)
         sources = {"activations": artifacts.activations(expert)}
         work, means = partial(factor, settings), settings.center.means
         run_blocks(stage, manifest, expert, sources, artifacts.lowrank(expert), work, mean_subtraction=means)

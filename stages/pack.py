@@ -18,6 +18,7 @@ from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.quantized_layer import QuantizedLayer
+from stepquant.quantize.rotate import SYLVESTER
 from stepquant.recipe.assemble import nearest_layer, variant_clip
 from stepquant.recipe.settings import quant_scheme
 from stepquant.recipe.variants import Variant, packed_variant
@@ -81,11 +82,13 @@ class Packer:
         """The quantization_config of this expert."""
         targets: list[str] = []
         rotations: dict[str, int] = {}
+        kinds: set[str] = set()
         for index, site in product(range(self.described.blocks), self.sites):
             names = [f"blocks.{index}.{linear}" for linear in site.linears]
-            rotation = self._block(index).transform_factors(site).rotation if self.variant.low_rank else 0
             targets += names
-            rotations |= dict.fromkeys(names, rotation) if rotation else {}
+            if self.variant.low_rank and (factors := self._block(index).transform_factors(site)).rotation:
+                rotations |= dict.fromkeys(names, factors.rotation)
+                kinds.add(factors.hadamard)
         activation = self.scheme.activation if self.variant.activations else None
         return QuantizationSettings(
             weight_format=self.scheme.weight.name,
@@ -96,6 +99,7 @@ class Packer:
             rotations=rotations,
             bin_edges=self.edges,
             targets=tuple(targets),
+            hadamard=kinds.pop() if kinds else SYLVESTER,  # of one stage lowrank, so the same at every site
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:

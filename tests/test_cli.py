@@ -103,7 +103,8 @@ def test_a_profile_keeps_changes_of_your_own_unless_forced(folder):
 def test_an_unknown_profile_lists_those_there_are(folder):
     result = invoke("profile", "wan")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: no profile 'wan'; allowed: demo, paper, wan2.1-flf2v-14b-720p, ")
+    allowed = "comfyui_w4a8, demo, paper, wan2.1-flf2v-14b-720p, "
+    assert result.stderr.startswith(f"error: no profile 'wan'; allowed: {allowed}")
     assert list(folder.iterdir()) == []
 
 

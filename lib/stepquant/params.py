@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepquant.errors import MissingFile, UserError
-from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth
+from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Rotate, Smooth, Target
 from stepquant.param_sections import (
     Bins,
     Capture,
@@ -26,6 +26,7 @@ from stepquant.param_sections import (
     Trajectories,
 )
 from stepquant.storage.yaml_files import read_yaml
+from stepquant.targets import LIMITED, TARGETS, check_recipe
 
 __all__ = [
     "OVERRIDABLE",
@@ -47,8 +48,10 @@ __all__ = [
     "Sampling",
     "Smooth",
     "Storage",
+    "Target",
     "Trajectories",
     "check",
+    "check_target",
     "expert_names",
     "glance",
     "read_params",
@@ -63,6 +66,7 @@ SECTIONS: dict[str, Any] = {
     "bins": Bins,
     "storage": Storage,
     "capture": Capture,
+    "target": Target,
     "format": Format,
     "smooth": Smooth,
     "center": Center,
@@ -170,6 +174,26 @@ def check(path: Path) -> None:
         _check_watched(path, name)
         for expert in experts if name in OVERRIDABLE else ():
             section(path, name, expert)
+    for expert in experts:
+        check_target(path, expert)
+
+
+def check_target(path: Path, expert: str | None) -> None:
+    """Refuse a recipe that the program of the target cannot carry, as far as the file has its sections.
+
+    A check alone: another target changes no number, so no stage depends on it.
+
+    Args:
+        path: The params file.
+        expert: Whose recipe; None for that without overrides.
+
+    Raises:
+        UserError: The first key that asks for more, or a section that is not valid.
+    """
+    target = glance(path, "target")
+    if target is not None:
+        given = [name for name in LIMITED if name in read_params(path)]
+        check_recipe(TARGETS[target.program], {name: section(path, name, expert) for name in given}, str(path))
 
 
 def _check_watched(path: Path, name: str) -> None:

@@ -13,11 +13,12 @@ Each target linear y = x W^T + b with W [N, K] loses `TARGET.weight` and gets th
 the weight format, R the rank and B the number of timestep bins.
 
     TARGET.qweight          int8  [N, K/2]   4-bit codes; the low nibble is the even column.
-                                             int4: two's complement -8..7; mxfp4, nvfp4: E2M1, sign in the top bit
+                                             int4: two's complement -8..7; mxfp4, nvfp4: E2M1, sign in the top bit;
+                                             asym_w4a8: index into the codebook of formats/asym_w4a8.py
     TARGET.wscales                [K/G, N]   int4 (G 64): bfloat16; mxfp4 (G 32): uint8, E8M0 with bias 127;
-                                             nvfp4 (G 16): float8_e4m3fn
+                                             nvfp4, asym_w4a8 (G 16): float8_e4m3fn
     TARGET.wtscale          bf16  [1]        nvfp4 only: scale of the whole tensor
-    TARGET.wcscales         bf16  [N]        nvfp4 only: scale per output channel
+    TARGET.wcscales         bf16  [N]        nvfp4: scale per output channel; asym_w4a8: the same in fp32, the row scale
     TARGET.smooth_factor    bf16  [K]
     TARGET.mean             bf16  [K]        with "mean_subtraction": subtracted from the input of the 4-bit path
     TARGET.bias             fp32  [N]        if the source has one, or with "mean_subtraction": the source's b plus the
@@ -32,7 +33,8 @@ the weight format, R the rank and B the number of timestep bins.
         + (x proj_down) proj_up^T + bias
 
 rotate cuts the channels into groups of "rotations"[TARGET] neighbors and multiplies each group by the orthonormal
-Sylvester-Hadamard matrix of that size. A target that is not listed there has no rotation.
+Hadamard matrix of that size, of the kind "hadamard" (quantize/rotate.py). A target that is not listed there has no
+rotation. In asym_w4a8, codes * wscales is rounded to an integer in -127..127 before wcscales multiplies it.
 
 All tensors are row-major, without fragment packing. Without mean, rotation and clip tables, the nvfp4 form equals the
 SVDQuant contract of vLLM-Omni (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4") but for the dtype of the bias; int4
@@ -43,11 +45,12 @@ quantization_config:
 
     quant_method         "stepquant"
     version              2. Version 1 had other keys and is refused.
-    weight_format        "int4", "mxfp4" or "nvfp4"
-    activation_format    the same, or null if activations stay unquantized
+    weight_format        "int4", "mxfp4", "nvfp4" or "asym_w4a8"
+    activation_format    "int4", "mxfp4", "nvfp4" or "int8_row", or null if activations stay unquantized
     activation_rounding  "floor" or "ceil": how the E8M0 scale of an activation group is rounded
     rank                 R
     mean_subtraction     bool
+    hadamard             "sylvester" or "regular"
     rotations            {module path: Hadamard size}
     bin_edges            B + 1 falling values of t
     targets              module paths of the quantized linears
@@ -62,6 +65,7 @@ import torch
 
 from stepquant.errors import InvalidInput, UnsupportedCheckpoint
 from stepquant.formats import get_format
+from stepquant.quantize.rotate import REGULAR, SYLVESTER, is_hadamard_size
 
 QUANT_METHOD = "stepquant"
 VERSION = 2
@@ -86,6 +90,7 @@ class QuantizationSettings:
     rotations: dict[str, int]
     bin_edges: tuple[float, ...]
     targets: tuple[str, ...]
+    hadamard: str = SYLVESTER
 
     def __post_init__(self) -> None:
         get_format(self.weight_format)
@@ -106,9 +111,14 @@ class QuantizationSettings:
         self._check_rotations()
 
     def _check_rotations(self) -> None:
-        if not isinstance(self.rotations, dict) or not all(map(_is_hadamard_size, self.rotations.values())):
+        if self.hadamard not in (SYLVESTER, REGULAR):
+            raise InvalidInput(f"hadamard is {self.hadamard!r}; allowed: {SYLVESTER}, {REGULAR}")
+        sizes = self.rotations.values() if isinstance(self.rotations, dict) else [None]
+        if not all(type(size) is int and size > 1 and is_hadamard_size(size, self.hadamard) for size in sizes):
+            power = "two" if self.hadamard == SYLVESTER else "four"
             raise InvalidInput(
-                f"rotations are {self.rotations!r}; allowed: a Hadamard size, which is a power of two, by module path"
+                f"rotations are {self.rotations!r}; allowed: a Hadamard size, which is a power of {power}, by module "
+                "path"
             )
         if foreign := sorted(set(self.rotations) - set(self.targets)):
             raise InvalidInput(f"rotations name {foreign[0]!r}, which is not in targets")
@@ -162,10 +172,6 @@ def _check_version(method: object, version: object) -> None:
         )
 
 
-def _is_hadamard_size(size: object) -> bool:
-    return type(size) is int and size > 1 and size.bit_count() == 1
-
-
 def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype, by name, of the tensors that a quantized [N, K] linear has in place of its weight.
 
@@ -181,6 +187,8 @@ def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, t
         layout |= {"mean": ((K,), torch.bfloat16)}
     if fmt.has_tensor_scale:
         layout |= {"wtscale": ((1,), torch.bfloat16), "wcscales": ((N,), torch.bfloat16)}
+    if fmt.has_row_scale:
+        layout |= {"wcscales": ((N,), torch.float32)}
     if settings.rank > 0:
         layout |= {"proj_down": ((K, settings.rank), torch.bfloat16), "proj_up": ((N, settings.rank), torch.bfloat16)}
     if settings.activation_format is not None:

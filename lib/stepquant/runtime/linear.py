@@ -1,4 +1,4 @@
-"""The quantized linear: packed 4-bit weights, 4-bit activations, a low-rank branch, a clip per timestep bin.
+"""The quantized linear: packed 4-bit weights, 4- or 8-bit activations, a low-rank branch, a clip per timestep bin.
 
 A reference implementation of the layout in stepquant.runtime.layout. Every forward dequantizes the whole weight, and
 quantizes and dequantizes the activations. It saves memory, not time: engines with 4-bit kernels need an export.
@@ -88,7 +88,7 @@ class W4A4Linear(nn.Linear):
         self.rotation = rotation
         self.bin = TimestepBin()
         self.compute_dtype = torch.float32
-        check_rotation(rotation, in_features)
+        check_rotation(rotation, in_features, kind=settings.hadamard)
         for fmt in (self.weight_format, self.activation_format):
             if fmt is not None:
                 check_groups(in_features, fmt, "linear input")
@@ -96,7 +96,7 @@ class W4A4Linear(nn.Linear):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if rotation:  # computed, never loaded: it must hold values where the others are still on "meta"
             on = "cpu" if torch.device(device).type == "meta" else device
-            self.register_buffer("hadamard", hadamard(rotation, device=on), persistent=False)
+            self.register_buffer("hadamard", hadamard(rotation, settings.hadamard, device=on), persistent=False)
         values = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
         self.register_parameter("bias", values if bias else None)
 
@@ -195,6 +195,8 @@ class W4A4Linear(nn.Linear):
     def _dequantized_rows(self, rows: slice) -> Tensor:
         codes = unpack_nibbles(self.qweight[rows].view(torch.uint8))
         scales = self.wscales.T[rows]
+        if self.weight_format.has_row_scale:
+            return self.weight_format.decode(codes, Scales(scales, None, self.wcscales[rows]))
         if not self.weight_format.has_tensor_scale:
             return self.weight_format.decode(codes, Scales(scales, None))
         values = self.weight_format.decode(codes, Scales(scales, self.wtscale.float().squeeze()))
