@@ -19,6 +19,7 @@ CONFIG = {
     "rotations": {"blocks.0.ffn.net.2": 64},
     "bin_edges": [1000.0, 950.0, 900.0],
     "targets": ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"],
+    "hadamard": "sylvester",
 }
 
 
@@ -41,6 +42,10 @@ def test_weights_only():
     [
         ({"weight_format": "int8"}, "'int8' does not exist; allowed: int4, mxfp4, nvfp4"),
         ({"activation_format": "fp8"}, "'fp8' does not exist"),
+        ({"weight_format": "int8_row"}, "'int8_row', a format of activations alone"),
+        ({"activation_format": "asym_w4a8"}, "'asym_w4a8', a format of weights alone"),
+        ({"hadamard": "walsh"}, "hadamard is 'walsh'; allowed: sylvester, regular"),
+        ({"hadamard": "regular", "rotations": {"blocks.0.ffn.net.2": 32}}, "a power of four, by module path"),
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
         ({"rank": -1}, "rank is -1; allowed: an integer of at least 0"),
         ({"rank": "16"}, "rank is '16'"),

@@ -42,6 +42,7 @@ class AsymW4A8(Format):
     bits = 4 + 8 / 16
     scale_dtype = torch.float8_e4m3fn
     has_row_scale = True
+    for_activations = False
 
     def tensor_scale(self, x: Tensor) -> None:
         """None: the scale per row takes its place."""

@@ -57,6 +57,8 @@ class Format(ABC):
         scale_dtype: dtype of a stored group scale.
         has_tensor_scale: whether one more scale multiplies the whole tensor.
         has_row_scale: whether one more scale multiplies each row of a weight.
+        for_weights: whether weights can be stored in it.
+        for_activations: whether activations can be rounded to it.
         has_exponent_scale: whether a group scale is a power of two, whose exponent can be offset.
     """
 
@@ -67,6 +69,8 @@ class Format(ABC):
     has_tensor_scale: ClassVar[bool] = False
     has_row_scale: ClassVar[bool] = False
     has_exponent_scale: ClassVar[bool] = False
+    for_weights: ClassVar[bool] = True
+    for_activations: ClassVar[bool] = True
 
     def scales(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Scales:
         """Scales of x from the largest magnitude of each group.

@@ -26,6 +26,7 @@ class Int8Row(Format):
     group = 0
     bits = 8
     scale_dtype = torch.float32
+    for_weights = False
 
     def tensor_scale(self, x: Tensor) -> None:
         """None: a row has one scale."""

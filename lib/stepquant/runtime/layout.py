@@ -93,9 +93,10 @@ class QuantizationSettings:
     hadamard: str = SYLVESTER
 
     def __post_init__(self) -> None:
-        get_format(self.weight_format)
-        if self.activation_format is not None:
-            get_format(self.activation_format)
+        if not get_format(self.weight_format).for_weights:
+            raise InvalidInput(f"weight_format is {self.weight_format!r}, a format of activations alone")
+        if self.activation_format is not None and not get_format(self.activation_format).for_activations:
+            raise InvalidInput(f"activation_format is {self.activation_format!r}, a format of weights alone")
         if self.activation_rounding not in ROUNDINGS:
             raise InvalidInput(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         if not isinstance(self.rank, int) or self.rank < 0:
