@@ -63,6 +63,14 @@ def test_fake_quantize_is_encode_then_decode(clip):
     assert torch.equal(FORMAT.fake_quantize(x, clip=clip), FORMAT.decode(codes, scales))
 
 
+def test_rows_do_not_depend_on_each_other(monkeypatch):
+    x = heavy_tailed(1.0)
+    whole = FORMAT.fake_quantize(x)
+    monkeypatch.setattr("stepquant.formats.asym_w4a8.PANEL", 5 * 512)
+    assert torch.equal(FORMAT.fake_quantize(x), whole)
+    assert torch.equal(FORMAT.decode(FORMAT.encode(x, FORMAT.scales(x)), FORMAT.scales(x)), whole)
+
+
 @pytest.mark.parametrize("scale", MAGNITUDES.values(), ids=MAGNITUDES.keys())
 def test_scales_keep_zeros_and_cover_the_largest_value(scale):
     x = heavy_tailed(scale)

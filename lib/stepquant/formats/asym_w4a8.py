@@ -16,6 +16,7 @@ A file may name another codebook, or none, which stands for code - 8. We write t
 CUDA path takes no other, and rotated weights are close to Gaussian, for which it is optimal.
 """
 
+from collections.abc import Iterator
 from typing import Unpack
 
 import torch
@@ -31,6 +32,7 @@ CODEBOOK = (
 )
 _E4M3 = torch.finfo(torch.float8_e4m3fn)
 _INT8_MAX = 127.0
+PANEL = 2**20  # values that are rounded at a time
 _SMALLEST_ROW = torch.finfo(torch.float32).tiny  # its reciprocal is finite
 
 
@@ -62,7 +64,11 @@ class AsymW4A8(Format):
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes (uint8, 0..15) of x [N, K]: the nearest level of the group, a tie to the lower one, saturating."""
-        return _nearest(self._in_rows(x, scales), self._scale(scales)).flatten(-2).to(torch.uint8)
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        for rows in _panels(x):
+            part = _rows_of(scales, rows)
+            codes[rows] = _nearest(self._in_rows(x[rows], part), self._scale(part)).flatten(-2)
+        return codes
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """float32 values [N, K] of codes [N, K]."""
@@ -70,11 +76,15 @@ class AsymW4A8(Format):
         return levels.flatten(-2).mul_(_row(scales))
 
     def fake_quantize(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Tensor:
-        """x rounded to the format; arguments and errors as in `Format.fake_quantize`."""
+        """x [N, K] rounded to the format; arguments and errors as in `Format.fake_quantize`."""
         scales = self.scales(x, **options)
-        scale = self._scale(scales)
-        levels = _levels(_nearest(self._in_rows(x, scales), scale), scale)
-        return levels.flatten(-2).mul_(_row(scales)).to(x.dtype)
+        rounded = torch.empty_like(x)
+        for rows in _panels(x):
+            part = _rows_of(scales, rows)
+            scale = self._scale(part)
+            levels = _levels(_nearest(self._in_rows(x[rows], part), scale), scale)
+            rounded[rows] = levels.flatten(-2).mul_(_row(part)).to(x.dtype)
+        return rounded
 
     def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """y (float32, x / row / scale) rounded in place to the levels of its scale, of the shape of y."""
@@ -99,6 +109,16 @@ class AsymW4A8(Format):
 
     def _from_codes(self, codes: Tensor) -> Tensor:
         raise NotImplementedError("a code has no value without its group's scale; see `decode`")
+
+
+def _panels(x: Tensor) -> Iterator[slice]:
+    """Ranges of rows of x [N, K], on which the temporaries of rounding, several times their size, stay small."""
+    step = max(1, PANEL // x.shape[1])
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _rows_of(scales: Scales, rows: slice) -> Scales:
+    return Scales(scales.group[rows], None, _row(scales)[rows].squeeze(-1))
 
 
 def _nearest(t: Tensor, scale: Tensor) -> Tensor:
