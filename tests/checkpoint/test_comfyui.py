@@ -1,8 +1,11 @@
 """The ComfyUI export of a tiny two-expert Wan: every linear of the files, computed by comfy-kitchen, equals ours."""
 
+import hashlib
 import json
+import math
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear
 from typer.testing import CliRunner
@@ -20,10 +23,11 @@ from typer.testing import CliRunner
 from stepquant import cli
 from stepquant.checkpoint.exporters.comfyui import export_comfyui, plan_export
 from stepquant.checkpoint.linears import read_linear, read_settings
-from stepquant.checkpoint.packed import pack_linear
+from stepquant.checkpoint.packed import PackedLinear, pack_linear
 from stepquant.checkpoint.writer import write_checkpoint
 from stepquant.errors import UserError
-from stepquant.formats import get_format, weight_scales
+from stepquant.formats import Scales, get_format, weight_scales
+from stepquant.models.single_file import import_files
 from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import REGULAR, rotate
 from stepquant.runtime.layout import QuantizationSettings
@@ -39,6 +43,8 @@ TARGETS = tuple(f"blocks.{i}.{name}" for i in range(BLOCKS) for site in SITES fo
 SETTINGS = QuantizationSettings(
     "asym_w4a8", "int8_row", "ceil", 0, False, dict.fromkeys(TARGETS, 256), (1000.0, 900.0), TARGETS, REGULAR
 )
+# SHA-256 of each file of the fixed checkpoint below.
+GOLDEN = "60751541edd6df78b427b24bbd3b20fa3ac88bb050315e7d497a77191bf2d716"
 
 
 def denoiser(seed: int) -> WanTransformer3DModel:
@@ -182,6 +188,41 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, exported, tmp_path
     assert (again / "export.json").read_bytes() == (exported / "export.json").read_bytes()  # holds SHA-256 of the files
 
 
+def test_a_fixed_checkpoint_gives_the_bytes_it_always_gave(source, tmp_path):
+    """All numbers from integers. A change of these digests is a change of the contract."""
+    plain = tmp_path / "source"
+    shutil.copytree(source, plain)
+    for subfolder in EXPERTS.values():
+        file = plain / subfolder / "diffusion_pytorch_model.safetensors"
+        ramps = {name: ramp(t.shape) for name, t in sorted(load_file(file).items())}
+        save_file(ramps, file, metadata={"format": "pt"})
+
+    def packed(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        weights = open_weights(folder)
+        for index in range(BLOCKS):
+            mine = [target for target in TARGETS if target.startswith(f"blocks.{index}.")]
+            yield index, {target: fixed_linear(*weights.shape(f"{target}.weight")) for target in mine}
+
+    experts = {name: (SETTINGS, packed(plain / name)) for name in EXPERTS.values()}
+    write_checkpoint(plain, tmp_path / "full", experts, dtype=torch.bfloat16, flow_shift=5.0)
+    out = tmp_path / "wan"
+    export_comfyui(tmp_path / "full", out, plan_export(tmp_path / "full", out))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.glob("*.safetensors")}
+    assert digests == dict.fromkeys(("wan_high_noise.safetensors", "wan_low_noise.safetensors"), GOLDEN)
+
+
+def ramp(shape: Sequence[int]) -> Tensor:
+    """-16 to 15, over and over, in halves."""
+    return ((torch.arange(math.prod(shape)) % 64 - 32) / 2).view(*shape).bfloat16()
+
+
+def fixed_linear(N: int, K: int) -> PackedLinear:
+    codes = (torch.arange(N * K) * 7 // 3 % 16).view(N, K).to(torch.uint8)
+    group = (torch.arange(N * K // 16) % 100 + 1.0).view(N, K // 16).to(torch.float8_e4m3fn)
+    scales = Scales(group, None, (torch.arange(N) % 32 + 1) / 1024)
+    return pack_linear(codes, scales, torch.ones(K, dtype=torch.bfloat16), clip_ratio=torch.ones(1))
+
+
 def test_command(checkpoint, exported, tmp_path):
     def run(*arguments: str):
         return CliRunner().invoke(cli.app, ["export", str(checkpoint), *arguments])
@@ -239,3 +280,9 @@ def test_a_smoothing_or_a_clip_is_refused(source, tmp_path, name, value):
 def test_an_unquantized_pipeline_is_refused(source, tmp_path):
     with pytest.raises(UserError, match="no quantization_config"):
         plan_export(source, tmp_path / "out")
+
+
+def test_an_export_is_no_source_for_another_quantization(source, exported, tmp_path):
+    files = {expert: exported / f"wan_{expert}.safetensors" for expert in EXPERTS}
+    with pytest.raises(UserError, match="this is a quantized file; use the bf16 or fp16 file"):
+        import_files(source, files, tmp_path / "out")

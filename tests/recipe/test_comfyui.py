@@ -43,12 +43,14 @@ def test_gptq_codes_in_comfy_kitchen_have_half_the_error_of_its_own_rounding(tmp
 
     x = statistics.heldout[0][:500]
     reference = x @ layer.W.T
-    row, codebook = packed.wcscales, torch.tensor(kitchen._FIXED_LUT)
-    theirs = kitchen.w4a8_int8_linear(
-        x, packed.qweight, packed.wscales.T.contiguous(), row, codebook, out_dtype=torch.float32
-    )
+    codebook = torch.tensor(kitchen._FIXED_LUT)
+    file = (packed.qweight, packed.wscales.T.contiguous(), packed.wcscales, codebook)
+    theirs = kitchen.w4a8_int8_linear(x, *file, out_dtype=torch.float32)
     ours = layer_output(x, quantized, 1.0, 0)
     assert relative_error(ours[:, 100:], theirs) < 1e-6
+    # In BF16 comfy-kitchen also rounds the rotated input, before its 8 bits.
+    rounded = kitchen.w4a8_int8_linear(x.bfloat16(), *file).float()
+    assert relative_error(rounded, reference[:, 100:]) < 1.1 * relative_error(ours[:, 100:], reference[:, 100:])
     own = kitchen.w4a8_int8_linear(
         x, *kitchen.quantize_w4a8_int8_weight(layer.W)[:3], codebook, out_dtype=torch.float32
     )
