@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,10 @@ from stepquant.models.weights import open_weights
 from stepquant.quantize.rotate import REGULAR, rotate
 from stepquant.runtime.layout import QuantizationSettings
 from tests.native_wan import native_name
+from tests.peers import import_peer
 from tests.wan import SITES
 
-sys.path.append(str(Path(sys.prefix) / "peers"))
-from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor
-
+kitchen = import_peer("comfy_kitchen.tensor")
 WIDTH, BLOCKS = 256, 2
 EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 TARGETS = tuple(f"blocks.{i}.{name}" for i in range(BLOCKS) for site in SITES for name in site.linears)
@@ -124,11 +122,11 @@ def layers(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def comfy_weight(tensors: dict[str, Tensor], name: str, conf: dict[str, Any]) -> QuantizedTensor:
+def comfy_weight(tensors: dict[str, Tensor], name: str, conf: dict[str, Any]) -> Tensor:
     """What ComfyUI's `_load_quantized_module` makes of a layer."""
     assert conf["format"] == "asym_w4a8_int8"
     weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_s_rel"]
-    params = AsymW4A8Int8Layout.Params(
+    params = kitchen.AsymW4A8Int8Layout.Params(
         scale=scale,
         s_channel=tensors[f"{name}.weight_s_channel"],
         codebook=tensors[f"{name}.weight_codebook"],
@@ -137,7 +135,7 @@ def comfy_weight(tensors: dict[str, Tensor], name: str, conf: dict[str, Any]) ->
         orig_dtype=torch.float32,
         orig_shape=(len(weight), 2 * weight.shape[1]),
     )
-    return QuantizedTensor(weight, "AsymW4A8Int8Layout", params)
+    return kitchen.QuantizedTensor(weight, "AsymW4A8Int8Layout", params)
 
 
 @pytest.mark.parametrize("expert", EXPERTS)

@@ -1,6 +1,5 @@
 """The recipe of the target comfyui_w4a8 on one site: what comfy-kitchen computes from its codes, and what it gains."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +14,9 @@ from stepquant.recipe.factor import factor_site
 from stepquant.recipe.round import round_site
 from stepquant.recipe.settings import ClipSettings, FactorSettings, RoundSettings, quant_scheme
 from stepquant.recipe.site_files import ResidualFactors, TransformFactors, block_tensors
+from tests.peers import import_peer
 
-sys.path.append(str(Path(sys.prefix) / "peers"))
-from comfy_kitchen.backends.eager import w4a8_int8 as kitchen
-
+kitchen = import_peer("comfy_kitchen.backends.eager.w4a8_int8")
 PROFILE = Path(stepquant.profiles.__file__).parent / "comfyui_w4a8.yaml"
 NAMES = ("format", "smooth", "center", "rotate", "lowrank", "gptq", "clip")
 
