@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._blocks import check_shapes, run_blocks
+from stages._blocks import run_blocks
 from stages._stage import Expert, ParamsFile, Place, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
 from stepquant.recipe.factor import factor_site
 from stepquant.recipe.settings import FactorSettings
+from stepquant.recipe.shapes import check_shapes
 from stepquant.recipe.site_files import TransformFactors
 
 READS = ("compute", "format", "smooth", "center", "rotate", "lowrank")

@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 
 from stages import _artifacts as artifacts
-from stages._blocks import check_shapes
 from stages._stage import ParamsFile, Stage, VariantName, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.checkpoint.packed import PackedLinear, pack_site
@@ -21,6 +20,7 @@ from stepquant.quantize.quantized_layer import QuantizedLayer
 from stepquant.quantize.rotate import SYLVESTER
 from stepquant.recipe.assemble import nearest_layer, variant_clip
 from stepquant.recipe.settings import quant_scheme
+from stepquant.recipe.shapes import check_shapes
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.json_files import read_json
