@@ -44,7 +44,7 @@ class TransformFactors:
         mean: bfloat16 [K].
         smooth: bfloat16 [K].
         rotation: Hadamard size; 0 is no rotation.
-        hadamard: Kind of the Hadamard matrix; stored as whether it is regular.
+        hadamard: Kind of the Hadamard matrix. The tensor "rotation" has the size, and 1 if the kind is regular.
         proj_down: bfloat16 [K, R].
         proj_up: bfloat16 [N, R].
     """
@@ -71,8 +71,7 @@ class TransformFactors:
         return {
             "mean": self.mean,
             "smooth": self.smooth,
-            "rotation": torch.tensor(self.rotation),
-            "regular": torch.tensor(int(self.hadamard == REGULAR)),
+            "rotation": torch.tensor([self.rotation, self.hadamard == REGULAR], dtype=torch.int64),
             "proj_down": self.proj_down,
             "proj_up": self.proj_up,
         }
@@ -80,16 +79,16 @@ class TransformFactors:
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
         """Reads a site's factors from its block's folder. Raises MissingFile or DamagedFile."""
-        found = _read(folder, site, ["mean", "smooth", "rotation", "regular", "proj_down", "proj_up"], device)
-        kind, branch = REGULAR if found["regular"] else SYLVESTER, (found["proj_down"], found["proj_up"])
-        return cls(found["mean"], found["smooth"], int(found["rotation"]), kind, *branch)
+        found = _read(folder, site, ["mean", "smooth", "rotation", "proj_down", "proj_up"], device)
+        size, regular = found["rotation"].tolist()  # one copy to the host
+        kind, branch = REGULAR if regular else SYLVESTER, (found["proj_down"], found["proj_up"])
+        return cls(found["mean"], found["smooth"], size, kind, *branch)
 
     @classmethod
     def shapes(cls, N: int, K: int, rank: int) -> Shapes:
         """Shapes and dtypes of `tensors` for N outputs, K inputs and a rank."""
         vector = ((K,), torch.bfloat16)
-        kind = {"rotation": ((), torch.int64), "regular": ((), torch.int64)}
-        return {"mean": vector, "smooth": vector} | kind | _branch_shapes(N, K, rank)
+        return {"mean": vector, "smooth": vector, "rotation": ((2,), torch.int64)} | _branch_shapes(N, K, rank)
 
 
 @dataclass(frozen=True)
