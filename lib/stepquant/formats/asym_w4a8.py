@@ -17,6 +17,7 @@ CUDA path takes no other, and rotated weights are close to Gaussian, for which i
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Unpack
 
 import torch
@@ -67,7 +68,8 @@ class AsymW4A8(Format):
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         for rows in _panels(x):
             part = _rows_of(scales, rows)
-            codes[rows] = _nearest(self._in_rows(x[rows], part), self._scale(part)).flatten(-2)
+            t, scale = self._in_rows(x[rows], part), self._scale(part)
+            codes[rows] = _Neighbours(t / scale, t, scale).codes().flatten(-2)
         return codes
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
@@ -81,18 +83,18 @@ class AsymW4A8(Format):
         rounded = torch.empty_like(x)
         for rows in _panels(x):
             part = _rows_of(scales, rows)
-            scale = self._scale(part)
-            levels = _levels(_nearest(self._in_rows(x[rows], part), scale), scale)
-            rounded[rows] = levels.flatten(-2).mul_(_row(part)).to(x.dtype)
+            t, scale = self._in_rows(x[rows], part), self._scale(part)
+            nearest = _Neighbours(t / scale, t, scale).nearest()
+            rounded[rows] = nearest.flatten(-2).mul_(_row(part)).to(x.dtype)
         return rounded
 
     def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """y (float32, x / row / scale) rounded in place to the levels of its scale, of the shape of y."""
-        return y.copy_(_levels(_nearest(y * scale, scale), scale).div_(scale))
+        return y.copy_(_Neighbours(y, y * scale, scale).nearest().div_(scale))
 
     def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """uint8 codes of y, rounded as by `round_to_grid`."""
-        return _nearest(y * scale, scale).to(torch.uint8)
+        return _Neighbours(y, y * scale, scale).codes()
 
     def _in_rows(self, x: Tensor, scales: Scales) -> Tensor:
         """x in units of its row's scale, float32 [N, K/16, 16]."""
@@ -121,23 +123,49 @@ def _rows_of(scales: Scales, rows: slice) -> Scales:
     return Scales(scales.group[rows], None, _row(scales)[rows].squeeze(-1))
 
 
-def _nearest(t: Tensor, scale: Tensor) -> Tensor:
-    """Codes, int32, of t in units of the row's scale; scale is the group's, broadcastable to t."""
-    codebook = torch.tensor(CODEBOOK, device=t.device)
-    found = torch.bucketize(t / scale, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
-    # That is nearest to the level before it is rounded to an integer. Rounding moves levels by at most 1/2, so the
-    # nearest integer is that of this code or of a neighbour.
-    here = _levels(found, scale)
-    lower = t <= (_levels((found - 1).clamp_(min=0), scale) + here) / 2
-    upper = t > (_levels((found + 1).clamp_(max=15), scale) + here) / 2
-    return found - (lower & (found > 0)).int() + (upper & (found < 15)).int()
+class _Neighbours:
+    """The three levels of a group that can be the nearest to each value.
+
+    The code that is nearest before levels are rounded to integers is found first. Rounding moves a level by at most
+    1/2, so that the nearest integer is the level of this code or of a neighbour. Beyond the outermost levels there is
+    the same level again.
+    """
+
+    def __init__(self, y: Tensor, t: Tensor, scale: Tensor):
+        """y: the values over row and group scale. t: over the row scale. scale: the group's, broadcastable to both."""
+        codebook, midpoints, offsets = _tables(y.device)
+        self.code = torch.bucketize(y, midpoints, out_int32=True)
+        places = (self.code + offsets.view(3, *[1] * y.dim())).flatten()
+        self.levels = _to_integers(codebook.index_select(0, places).view(3, *y.shape), scale)
+        between = (self.levels[:2] + self.levels[1:]).mul_(0.5)
+        self.place = (t > between).sum(0)  # 0: the level below, 1: that of the code, 2: the level above
+
+    def nearest(self) -> Tensor:
+        """The nearest level of each value, an integer as float32."""
+        return self.levels.gather(0, self.place.unsqueeze(0)).squeeze(0)
+
+    def codes(self) -> Tensor:
+        """Its code, uint8."""
+        return (self.code + self.place).sub_(1).clamp_(0, 15).to(torch.uint8)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The codebook with its ends doubled, the midpoints between its levels, and 0 to 2: constants, copied once."""
+    levels = torch.tensor(CODEBOOK, device=device)
+    padded = torch.cat([levels[:1], levels, levels[-1:]])
+    return padded, (levels[1:] + levels[:-1]) / 2, torch.arange(3, dtype=torch.int32, device=device)
 
 
 def _levels(codes: Tensor, scale: Tensor) -> Tensor:
     """The integers, as float32, that int32 codes stand for under a group's scale, broadcastable to codes."""
     codebook = torch.tensor(CODEBOOK, device=codes.device)
-    values = codebook.index_select(0, codes.flatten()).view(codes.shape)
-    return values.mul_(scale).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    return _to_integers(codebook.index_select(0, codes.flatten()).view(codes.shape), scale)
+
+
+def _to_integers(levels: Tensor, scale: Tensor) -> Tensor:
+    """Levels of the codebook in units of the row's scale, in place."""
+    return levels.mul_(scale).round_().clamp_(-_INT8_MAX, _INT8_MAX)
 
 
 def _row(scales: Scales) -> Tensor:
