@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.layer_error import SEEDS
 from benchmarks.layers import KINDS, Layer, real_layers, seeded_layer
 from benchmarks.recipes import Quantized, pipeline
-from stepquant.formats import eight_bit_partner, four_bit_names, get_format
+from stepquant.formats import activation_formats, eight_bit_partner, get_format
 from stepquant.quantize.quantized_layer import relative_error
 
 COLUMNS = ("W", "W4A4", "W4A8", "A4", "A8")
@@ -66,9 +66,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = defaultdict(list)
+    formats = [fmt for fmt in activation_formats() if get_format(fmt).code_bits == 4]
     for layer in layers(options):
         print(f"{layer.group} {layer.name}", file=sys.stderr)
-        for fmt in four_bit_names():
+        for fmt in formats:
             rows[layer.group, fmt] += errors(layer, fmt)
     print(f"| layers | format | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
     for (group, fmt), values in rows.items():

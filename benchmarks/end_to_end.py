@@ -6,8 +6,12 @@
     python benchmarks/end_to_end.py --recipes gptq.noise=0 default gptq.noise=1 --skip 24 --prompts 16 \\
         --formats int4 --variants full                   for choosing: on prompts that no reported number uses
 
-Sampling and capture run once, since they do not depend on either. Weights and activations have the same format. Each
-recipe is compared with the first one, video by video: the difference of PSNR in dB with its bootstrap interval.
+    python benchmarks/end_to_end.py --recipes comfyui_w4a8 --formats asym_w4a8 --variants svdquant full
+                                                         for ComfyUI: rounded to nearest, and by GPTQ
+
+Sampling and capture run once, since they do not depend on either. Weights and activations have the same format, but
+asym_w4a8 goes with int8_row. Each recipe is compared with the first one, video by video: the difference of PSNR in dB
+with its bootstrap interval.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkout import Checkout, temporary_checkout
+from benchmarks.recipes import activation_of
 from stepquant.evaluate.metrics_file import Record, read_records
 from stepquant.evaluate.summary import Bootstrap, paired_difference
 from stepquant.params import section
@@ -34,7 +39,7 @@ def measure(checkout: Checkout, recipe: str, fmt: str, variants: list[str], prom
     """The metrics of BF16 and of some variants of a recipe in one format."""
     checkout.start_from(recipe)
     checkout.set("format.weight", fmt)
-    checkout.set("format.activation", fmt)
+    checkout.set("format.activation", activation_of(fmt))
     checkout.set("generate.prompts", prompts)
     if skip:
         checkout.set(
@@ -83,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", default=["default"], help="default, a profile to lay over params.yaml, or KEY=VALUE,..."
     )
-    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=(*FORMATS, "asym_w4a8"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--skip", type=int, default=0, help="evaluation prompts to leave out at the start")

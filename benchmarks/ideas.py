@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.layers import Layer
-from benchmarks.recipes import Quantized, Recipe, Settings, changed, clipped, pipeline
+from benchmarks.recipes import RANK, Quantized, Recipe, Settings, changed, clipped, pipeline
 from stepquant.quantize.clip import ClipCandidate, choose_clip, clip_errors
 from stepquant.quantize.gptq import gptq, inverse_factor
 from stepquant.quantize.quantized_layer import QuantizedLayer, fake_quantize_input, layer_output
@@ -197,4 +197,7 @@ IDEAS: dict[str, Recipe] = {
     "sorted_channels": sorted_channels,
     "coarse_clip": changed(clip={"ratios": [0.6, 0.7, 0.8, 0.9, 1.0]}),
     "continuous_clip": continuous_clip,
+    # What the default recipe of asym_w4a8 leaves out, because ComfyUI's files cannot carry it.
+    "with_means": changed(center={"means": True}),
+    "with_branch": changed(lowrank={"rank": RANK}, gptq={"refits": 3}),
 }

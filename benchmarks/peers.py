@@ -3,7 +3,8 @@
 torchao and comfy_kitchen are installed in `.venv/peers` by `make test`, a folder of their own because diffusers would
 import torchao if it found it. llmcompressor is used if it is installed: `pip install --no-deps --target .venv/peers -r
 benchmarks/llmcompressor.lock` (its dependencies require an older transformers). torchao and comfy_kitchen round to
-nearest, convrot after a rotation; llmcompressor adds GPTQ. None of them searches smoothing or a branch without a GPU.
+nearest, convrot and asym_w4a8 after a rotation; llmcompressor adds GPTQ. None of them searches smoothing or a branch
+without a GPU.
 """
 
 import sys
@@ -66,6 +67,22 @@ def comfy_convrot(x: Tensor) -> Tensor:
     return dequantize_convrot_w4a4_weight(*quantize_convrot_w4a4_weight(x))
 
 
+def comfy_int8_row(x: Tensor) -> Tensor:
+    """8 bits with one scale per token after a rotation of 256 channels, which is undone afterwards."""
+    from comfy_kitchen.backends.eager.quantization import dequantize_int8_convrot_weight, quantize_int8_convrot_weight
+
+    return dequantize_int8_convrot_weight(*quantize_int8_convrot_weight(x, 256), 256)
+
+
+def comfy_asym_w4a8(layer: Layer, fmt: str) -> PeerLayer:
+    """The quantizer of comfy_kitchen's asym_w4a8_int8: codebook, alternating least squares for its group scales."""
+    from comfy_kitchen.backends.eager.w4a8_int8 import dequantize_w4a8_int8_weight, quantize_w4a8_int8_weight
+
+    codes, s_rel, s_channel, _, codebook = quantize_w4a8_int8_weight(layer.W)
+    weight = dequantize_w4a8_int8_weight(codes, s_rel, s_channel, codebook, output_dtype=torch.float32)
+    return PeerLayer(comfy_int8_row, weight)
+
+
 def nearest(rounding: Rounding, layer: Layer, fmt: str) -> PeerLayer:
     return PeerLayer(rounding, rounding(layer.W))
 
@@ -115,6 +132,7 @@ PEERS = {
     "torchao_mxfp4": Peer("torchao.prototype.mx_formats.mx_tensor", ("mxfp4",), partial(nearest, torchao_mxfp4)),
     "comfy_int4": Peer("comfy_kitchen.backends.eager.svdquant", ("int4",), partial(nearest, comfy_int4)),
     "comfy_convrot": Peer("comfy_kitchen.backends.eager.convrot_w4a4", ("int4",), partial(nearest, comfy_convrot)),
+    "comfy_asym_w4a8": Peer("comfy_kitchen.backends.eager.w4a8_int8", ("asym_w4a8",), comfy_asym_w4a8),
     "llmcompressor": Peer("llmcompressor.modifiers.gptq.gptq_quantize", ("int4", "mxfp4", "nvfp4"), llmcompressor_gptq),
 }
 

@@ -77,7 +77,7 @@ Recipe = Callable[[Layer, str], Quantized]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the recipe: those of the demo profile in a format, with some keys changed."""
+    """The settings of the recipe in a format, with some keys changed: those of the demo profile, or of ComfyUI's."""
 
     factor: FactorSettings
     round: RoundSettings
@@ -85,8 +85,10 @@ class Settings:
 
     @classmethod
     def of(cls, fmt: str, **changes: dict[str, Any]) -> "Settings":
-        params = {name: section(PROFILES / "demo.yaml", name) for name in SECTIONS}
-        changes = changes | {"format": {"weight": fmt, "activation": fmt} | changes.get("format", {})}
+        profile = "comfyui_w4a8" if fmt == "asym_w4a8" else "demo"
+        params = {name: section(PROFILES / f"{profile}.yaml", name) for name in SECTIONS}
+        formats = {"weight": fmt, "activation": activation_of(fmt)}
+        changes = changes | {"format": formats | changes.get("format", {})}
         for name, keys in changes.items():
             params[name] = params[name].model_copy(update=keys)
         return cls(
@@ -102,7 +104,7 @@ class Settings:
 
 
 def pipeline(layer: Layer, fmt: str, **changes: dict[str, Any]) -> Quantized:
-    """The demo profile's recipe in a format, with keys of params sections changed."""
+    """The recipe in a format, as `Settings.of`, with keys of params sections changed."""
     settings, statistics = Settings.of(fmt, **changes), layer.activations()
     factors = factor_site(layer.W, statistics, settings.factor)[0]
     residual = round_site(layer.W, statistics, factors, settings.round)[0]
@@ -162,7 +164,12 @@ def deepcompressor(layer: Layer, fmt: str) -> Quantized:
 
 
 def _scheme(fmt: str) -> QuantScheme:
-    return QuantScheme(get_format(fmt), "ceil", get_format(fmt), "ceil", "absmax")
+    return QuantScheme(get_format(fmt), "ceil", get_format(activation_of(fmt)), "ceil", "absmax")
+
+
+def activation_of(fmt: str) -> str:
+    """The format of the activations that belongs to one of weights."""
+    return "int8_row" if fmt == "asym_w4a8" else fmt
 
 
 def _smoothed_by_search(

@@ -4,7 +4,7 @@ artifacts/<stage>/<expert>/manifest.json            {"blocks": {block: digest}, 
 artifacts/<stage>/<expert>/<block>/...              see recipe/site_files.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,10 @@ from stepquant.calibration.stored_block import StoredBlock
 from stepquant.compute.progress import meter
 from stepquant.compute.task import Task
 from stepquant.compute.units import gather
-from stepquant.errors import UserError
-from stepquant.formats import check_groups, get_format
 from stepquant.models.expert import open_expert
 from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
-from stepquant.params import Compute, Format
-from stepquant.quantize.rotate import check_rotation
+from stepquant.params import Compute
 from stepquant.recipe.site_files import FACTORS, RECORD, SiteRecord, block_tensors
 from stepquant.storage.json_files import read_json, to_json
 from stepquant.storage.read_ahead import read_ahead
@@ -104,30 +101,3 @@ def run_blocks(
     gather(
         units, out, {"manifest.json": to_json({"blocks": {name: unit.digest for name, unit in units.items()}} | extra)}
     )
-
-
-def check_shapes(
-    manifest: ModelManifest, expert: str, formats: Format, rank: int, hadamard_sizes: Sequence[int] = ()
-) -> None:
-    """Refuse settings that do not fit the model, before any work.
-
-    Args:
-        manifest: The source model.
-        expert: Name of the expert.
-        formats: Formats whose group sizes must divide the channels of every site.
-        rank: Rank of the low-rank branch, at most the smaller dimension of every site's weight.
-        hadamard_sizes: Sizes that must divide the channels of every site.
-
-    Raises:
-        UserError: The first of them that does not fit.
-    """
-    for name, site in manifest.expert(expert).sites.items():
-        where, rows, columns = f"{expert} {name}", site.rows, site.columns
-        for kind in ("weight", "activation"):
-            check_groups(columns, get_format(getattr(formats, kind)), f"format.{kind}, {where}")
-        for size in hadamard_sizes:
-            check_rotation(size, columns, f"rotate.hadamard_sizes, {where}")
-        if rank > min(rows, columns):
-            raise UserError(
-                f"lowrank.rank: {rank} for {where}, a weight of {rows} x {columns}; allowed: 0 to {min(rows, columns)}"
-            )

@@ -125,6 +125,9 @@ def open_stage(
     die_with_parent()
     name = Path(file).stem
     sections = {section: parameters.section(params, section, expert) for section in reads}
+    if "format" in reads:
+        parameters.check_target(params, expert)
+        parameters.check_budget(params)
     label = "@".join(filter(None, (name, expert or variant)))
     code = code_digest(source_files(Path(file), CODE))
     with exclusive(UNITS / f"{label}.lock"), _prepared(sections, device) as (workers, versions):

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from stages import _artifacts as artifacts
-from stages._blocks import check_shapes, run_blocks
+from stages._blocks import run_blocks
 from stages._stage import Expert, ParamsFile, Place, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.command_runner import command, main
 from stepquant.models.sites import Site
 from stepquant.recipe.factor import factor_site
 from stepquant.recipe.settings import FactorSettings
+from stepquant.recipe.shapes import check_shapes
 from stepquant.recipe.site_files import TransformFactors
 
 READS = ("compute", "format", "smooth", "center", "rotate", "lowrank")
@@ -27,7 +28,7 @@ def lowrank(expert: Expert, params: ParamsFile = Path("params.yaml")) -> None:
     with open_stage(__file__, READS, params, expert=expert, device=Place.WORKERS) as stage:
         settings = FactorSettings(stage["format"], stage["smooth"], stage["center"], stage["rotate"], stage["lowrank"])
         manifest = described_model()
-        check_shapes(manifest, expert, settings.format, settings.lowrank.rank, settings.rotate.hadamard_sizes)
+        check_shapes(manifest, expert, settings.format, settings.lowrank.rank, settings.rotate)
         sources = {"activations": artifacts.activations(expert)}
         work, means = partial(factor, settings), settings.center.means
         run_blocks(stage, manifest, expert, sources, artifacts.lowrank(expert), work, mean_subtraction=means)

@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 
 from stages import _artifacts as artifacts
-from stages._blocks import check_shapes
 from stages._stage import ParamsFile, Stage, VariantName, described_model, open_stage
 from stepquant.calibration.stored_block import StoredBlock
 from stepquant.checkpoint.packed import PackedLinear, pack_site
@@ -20,9 +19,11 @@ from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.models.source import resolve_source
 from stepquant.quantize.quantized_layer import QuantizedLayer
+from stepquant.quantize.rotate import SYLVESTER
 from stepquant.recipe.assemble import nearest_layer, variant_clip
 from stepquant.recipe.schedule_file import ExpertSchedule, read_schedule
 from stepquant.recipe.settings import quant_scheme
+from stepquant.recipe.shapes import check_shapes
 from stepquant.recipe.variants import Variant, packed_variant
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.storage.json_files import read_json
@@ -82,8 +83,14 @@ class Packer:
         self.schedule = self._read_schedule(expert) if variant.scheduled else None
 
     def _read_schedule(self, expert: str) -> ExpertSchedule:
-        """The precision schedule of this expert. Raises UserError if it was made for other bins."""
-        found = read_schedule(artifacts.SCHEDULE).expert(expert)
+        """The precision schedule of this expert. Raises UserError if it was made for other bins or another format."""
+        schedule, partner = read_schedule(artifacts.SCHEDULE), eight_bit_partner(self.scheme.activation_format)
+        found = schedule.expert(expert)
+        if schedule.eight_bit_format != partner.name:
+            raise UserError(
+                f"{artifacts.SCHEDULE}: its 8-bit format is {schedule.eight_bit_format}, but format.activation goes "
+                f"with {partner.name}; run stages sensitivity and schedule again (dvc repro schedule)"
+            )
         if tuple(found.bin_edges) != self.edges:
             raise UserError(
                 f"{artifacts.SCHEDULE}: made for the bins {found.bin_edges} of {expert}, but the clips have "
@@ -96,15 +103,16 @@ class Packer:
         targets: list[str] = []
         rotations: dict[str, int] = {}
         eight_bit_bins: dict[str, tuple[int, ...]] = {}
+        kinds: set[str] = set()
         for index, site in product(range(self.described.blocks), self.sites):
             names = [f"blocks.{index}.{linear}" for linear in site.linears]
-            rotation = self._block(index).transform_factors(site).rotation if self.variant.low_rank else 0
             targets += names
-            rotations |= dict.fromkeys(names, rotation) if rotation else {}
-            bins = self.schedule.bins(index, site.name) if self.schedule else ()
-            eight_bit_bins |= dict.fromkeys(names, bins) if bins else {}
+            if self.variant.low_rank and (factors := self._block(index).transform_factors(site)).rotation:
+                rotations |= dict.fromkeys(names, factors.rotation)
+                kinds.add(factors.hadamard)
+            if self.schedule and (bins := self.schedule.bins(index, site.name)):
+                eight_bit_bins |= dict.fromkeys(names, bins)
         activation = self.scheme.activation if self.variant.activations else None
-        wide = eight_bit_partner(self.scheme.activation_format).name if eight_bit_bins else None
         return QuantizationSettings(
             weight_format=self.scheme.weight.name,
             activation_format=None if activation is None else activation.name,
@@ -115,8 +123,9 @@ class Packer:
             rotations=rotations,
             bin_edges=self.edges,
             targets=tuple(targets),
-            eight_bit_format=wide,
+            eight_bit_format=eight_bit_partner(self.scheme.activation_format).name if eight_bit_bins else None,
             eight_bit_bins=eight_bit_bins,
+            hadamard=kinds.pop() if kinds else SYLVESTER,  # of one stage lowrank, so the same at every site
         )
 
     def blocks(self) -> Iterator[tuple[int, dict[str, PackedLinear]]]:

@@ -27,6 +27,9 @@ def schedule(params: ParamsFile = Path("params.yaml")) -> None:
         products = {expert: read_products(artifacts.sensitivity(expert)) for expert in manifest.experts}
         found = make_schedule(manifest, scheduler, stage["sampling"], stage["format"], stage["precision"], products)
         write_schedule(artifacts.SCHEDULE, found)
+        if stage["format"].eight_bit_activations:
+            print(f"schedule: {found.eight_bit_format} activations have 8 bits in every bin: nothing to schedule")
+            return
         left = found.predicted_error(eight_bit=True) / found.predicted_error(eight_bit=False)
         print(f"schedule: {found.share:.1%} of the multiply-adds with 8-bit activations, error predicted {left:.2f} x")
 

@@ -12,11 +12,9 @@ from stepquant.command_runner import command, main
 from stepquant.compute.progress import meter
 from stepquant.compute.task import Task
 from stepquant.compute.units import gather
-from stepquant.formats import check_groups, eight_bit_partner, get_format
 from stepquant.models.bins import expert_bins
-from stepquant.models.manifest import ModelManifest
 from stepquant.models.sampling import guidance
-from stepquant.params import Format
+from stepquant.recipe.shapes import check_eight_bits
 from stepquant.storage.json_files import read_json
 
 READS = ("compute", "sampling", "bins", "format", "sensitivity")
@@ -52,13 +50,6 @@ def sensitivity(expert: Expert, params: ParamsFile = Path("params.yaml")) -> Non
         with stage.executor() as executor, meter(f"{stage.name}@{expert}", len(tasks)) as progress:
             units = dict(zip(tasks, executor.map_units(stage.units, list(tasks.values()), progress)))
         gather(units, artifacts.sensitivity(expert), {"manifest.json": manifest_text(steps, bins)})
-
-
-def check_eight_bits(manifest: ModelManifest, expert: str, formats: Format) -> None:
-    """Refuse a model with a site whose channels cannot be divided into the groups of the 8-bit format."""
-    wide = eight_bit_partner(get_format(formats.activation))
-    for name, site in manifest.expert(expert).sites.items():
-        check_groups(site.columns, wide, f"8-bit activations, {expert} {name}")
 
 
 if __name__ == "__main__":

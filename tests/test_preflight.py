@@ -58,6 +58,32 @@ def test_a_lora_that_is_not_there_is_missed_before_the_model_is_downloaded(param
         look_at_model(file)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"r": ("hadamard_sizes: [0, 64]", "hadamard_sizes: [512]")},
+            "rotate.hadamard_sizes, high_noise .* size 512 for",
+        ),
+        ({"r": ("rank: 32", "rank: 300")}, "lowrank.rank: 300 for high_noise"),
+        (
+            {
+                "r": (
+                    "low_noise: {smooth: {}, center: {}, rotate: {}",
+                    "low_noise: {smooth: {}, center: {}, rotate: {hadamard_sizes: [512]}",
+                )
+            },
+            "low_noise",
+        ),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_widths_is_refused_before_anything_is_sampled(params, changes, message):
+    (Path.cwd() / "data").symlink_to(ROOT / "data")
+    assert look_at_model(params()).startswith("model.source: ")
+    with pytest.raises(UserError, match=message):
+        look_at_model(params(**changes))
+
+
 def test_prompts_that_are_not_here_are_left_to_the_stages(params):
     here = "is not here"
     assert look_at_prompts(params()) == (

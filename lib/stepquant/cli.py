@@ -4,6 +4,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,13 @@ STAGES = (
     "evaluate",
     "report",
 )
+
+
+class Exporter(str, Enum):
+    """Programs that checkpoints can be exported to."""
+
+    COMFYUI = "comfyui"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -141,6 +149,31 @@ def import_(
     given = {"high_noise": high_noise, "low_noise": low_noise, "denoiser": denoiser}
     import_files(base, {name: file for name, file in given.items() if file is not None}, out)
     print(f"{out}: written; set model.source to it")
+
+
+@app.command()
+@command
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder that stage pack wrote, such as artifacts/checkpoints/full.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write. Its name begins the names of the files.")],
+    to: Annotated[Exporter, typer.Option(help="The program that will read the files.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; print the files and their sizes.")] = False,
+) -> None:
+    """Write a checkpoint as another program reads it. docs/deploy.md says which file runs where.
+
+    The checkpoint must have been made for that program (target.program in params.yaml): an export only arranges tensors
+    anew, and refuses what the program cannot carry.
+    """
+    from stepquant.checkpoint.exporters.comfyui import export_comfyui, plan_export
+
+    files = plan_export(checkpoint, out)
+    for file in files:
+        print(f"{out / file.name}: {len(file.linears)} quantized linears, {file.nbytes / 1e9:.3f} GB")
+    if not dry_run:
+        export_comfyui(checkpoint, out, files)
+        print(f"{out}: written for {to.value}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The sections of params.yaml that describe the recipe. An expert can override all of them but `format`."""
+"""The sections of params.yaml that describe the recipe. An expert can override all but `target` and `format`."""
 
 from typing import Annotated, Literal
 
@@ -6,13 +6,24 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from stepquant.param_sections import NonNegative, Positive, Section
 
-FormatName = Literal["int4", "mxfp4", "nvfp4"]
+WeightFormat = Literal["int4", "mxfp4", "nvfp4", "asym_w4a8"]
+ActivationFormat = Literal["int4", "mxfp4", "nvfp4", "int8_row"]
 Rounding = Literal["floor", "ceil"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
+class Target(Section):
+    """Who will run the checkpoint; the recipe may use what that program can carry (stepquant.targets).
+
+    Attributes:
+        program: Name of the target.
+    """
+
+    program: Literal["stepquant", "comfyui_w4a8"]
+
+
 class Format(Section):
-    """4-bit formats.
+    """Number formats.
 
     Attributes:
         weight: Format of the weights.
@@ -23,11 +34,16 @@ class Format(Section):
             `error` (nvfp4).
     """
 
-    weight: FormatName
-    activation: FormatName
+    weight: WeightFormat
+    activation: ActivationFormat
     e8m0_weight: Rounding
     e8m0_activation: Rounding
     activation_scales: Literal["absmax", "error"]
+
+    @property
+    def eight_bit_activations(self) -> bool:
+        """Whether activations have 8 bits in every timestep bin. stepquant.formats knows too, but imports torch."""
+        return self.activation == "int8_row"
 
     @field_validator("activation_scales")
     @classmethod
@@ -70,16 +86,22 @@ class Rotate(Section):
     """Block-Hadamard rotation of a site's input.
 
     Attributes:
-        hadamard_sizes: Candidate sizes, powers of two; 0 is no rotation.
+        hadamard: Kind of the Hadamard matrix (quantize/rotate.py).
+        hadamard_sizes: Candidate sizes, powers of two; of four if the matrix is regular. 0 is no rotation.
     """
 
+    hadamard: Literal["sylvester", "regular"]
     hadamard_sizes: Annotated[list[NonNegative], Field(min_length=1)]
 
     @field_validator("hadamard_sizes")
     @classmethod
-    def _powers_of_two(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value) or any(size.bit_count() > 1 for size in value):
-            raise ValueError(f"{value}: allowed are 0 and powers of two, each once")
+    def _sizes_of_the_kind(cls, value: list[int], info: ValidationInfo) -> list[int]:
+        regular = info.data.get("hadamard") == "regular"
+        powers_of_two = all(size.bit_count() <= 1 for size in value)
+        powers_of_four = powers_of_two and all(size == 0 or size.bit_length() % 2 for size in value)
+        if len(set(value)) != len(value) or not (powers_of_four if regular else powers_of_two):
+            power = "four, as rotate.hadamard is regular" if regular else "two"
+            raise ValueError(f"{value}: allowed are 0 and powers of {power}, each once")
         return value
 
 
@@ -127,7 +149,7 @@ class Precision(Section):
 
     Attributes:
         activation_budget: Share of the multiply-adds of a sampled video's quantized linears that may take 8-bit
-            activations; 0 leaves all in 4 bits.
+            activations; 0 leaves all in `format.activation`.
     """
 
     activation_budget: UnitInterval

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepquant.errors import MissingFile, UserError
-from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Precision, Rotate, Smooth
+from stepquant.param_recipe import Center, Clip, Format, Gptq, LowRank, Precision, Rotate, Smooth, Target
 from stepquant.param_sections import (
     Bins,
     Capture,
@@ -27,6 +27,7 @@ from stepquant.param_sections import (
     Trajectories,
 )
 from stepquant.storage.yaml_files import read_yaml
+from stepquant.targets import LIMITED, TARGETS, check_recipe
 
 __all__ = [
     "OVERRIDABLE",
@@ -50,8 +51,11 @@ __all__ = [
     "Sensitivity",
     "Smooth",
     "Storage",
+    "Target",
     "Trajectories",
     "check",
+    "check_budget",
+    "check_target",
     "expert_names",
     "glance",
     "read_params",
@@ -66,6 +70,7 @@ SECTIONS: dict[str, Any] = {
     "bins": Bins,
     "storage": Storage,
     "capture": Capture,
+    "target": Target,
     "format": Format,
     "smooth": Smooth,
     "center": Center,
@@ -175,6 +180,47 @@ def check(path: Path) -> None:
         _check_watched(path, name)
         for expert in experts if name in OVERRIDABLE else ():
             section(path, name, expert)
+    for expert in experts:
+        check_target(path, expert)
+    check_budget(path)
+
+
+def check_target(path: Path, expert: str | None) -> None:
+    """Refuse a recipe that the program of the target cannot carry, as far as the file has its sections.
+
+    A check alone: another target changes no number, so no stage depends on it.
+
+    Args:
+        path: The params file.
+        expert: Whose recipe; None for that without overrides.
+
+    Raises:
+        UserError: The first key that asks for more, or a section that is not valid.
+    """
+    target = glance(path, "target")
+    if target is not None:
+        given = [name for name in LIMITED if name in read_params(path)]
+        check_recipe(TARGETS[target.program], {name: section(path, name, expert) for name in given}, str(path))
+
+
+def check_budget(path: Path) -> None:
+    """Refuse a budget of 8-bit activations beside a format that has 8 bits in every timestep bin.
+
+    A check alone, as `check_target`.
+
+    Args:
+        path: The params file.
+
+    Raises:
+        UserError: There is such a budget, or a section is not valid.
+    """
+    target, formats, precision = (glance(path, name) for name in ("target", "format", "precision"))
+    if formats and precision and formats.eight_bit_activations and precision.activation_budget:
+        program = f" (target.program: {target.program})" if target else ""
+        raise UserError(
+            f"{path}: precision.activation_budget: found {precision.activation_budget}; {formats.activation} "
+            f"activations have 8 bits in every timestep bin{program}; allowed with them: 0"
+        )
 
 
 def _check_watched(path: Path, name: str) -> None:

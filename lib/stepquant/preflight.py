@@ -31,6 +31,7 @@ def look_at_model(file: Path) -> str:
     from stepquant.models.checks.reach import check_experts
     from stepquant.models.loras import check_files, check_loras
     from stepquant.models.source import describe_experts
+    from stepquant.recipe.shapes import check_eight_bits, check_shapes
 
     model = parameters.section(file, "model")
     check_files(model.loras)
@@ -42,6 +43,11 @@ def look_at_model(file: Path) -> str:
     check_experts(parameters.expert_names(file), "experts", list(manifest.experts))
     check_loras(manifest, folder, model.loras)
     check_run(folder, manifest, parameters.section(file, "sampling"), parameters.section(file, "bins").by_expert)
+    formats = parameters.section(file, "format")
+    for name in manifest.experts:
+        rank, rotate = (parameters.section(file, key, name) for key in ("lowrank", "rotate"))
+        check_shapes(manifest, name, formats, rank.rank, rotate)
+        check_eight_bits(manifest, name, formats)
     blocks = ", ".join(f"{name} with {found.blocks} blocks" for name, found in manifest.experts.items())
     return "; ".join(filter(None, (f"model.source: {model.source}: {blocks}", unwatched(folder, model.loras))))
 

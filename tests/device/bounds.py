@@ -14,7 +14,7 @@ BOUNDS: dict[Call, Traffic] = {
     Call("gptq", "high_noise"): Traffic(host_reads=248, copies=132, launches=107_000),
     Call("clip", "high_noise"): Traffic(host_reads=22, copies=105, launches=1440),
     Call("pack", "rtn"): Traffic(host_reads=50, copies=21, launches=450),
-    Call("pack", "svdquant"): Traffic(host_reads=107, copies=98, launches=550),
+    Call("pack", "svdquant"): Traffic(host_reads=107, copies=98, launches=565),
     Call("pack", "full"): Traffic(host_reads=0, copies=0, launches=0),
     Call("generate", "bf16"): Traffic(host_reads=315, copies=333, launches=2860),
     Call("generate", "full"): Traffic(host_reads=675, copies=692, launches=11_300),

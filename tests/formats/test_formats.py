@@ -1,18 +1,22 @@
 """Properties of every format."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from stepquant.errors import UserError
 from stepquant.formats import (
+    activation_formats,
     check_finite,
     check_groups,
     eight_bit_partner,
-    four_bit_names,
     get_format,
     nvfp4_tensor_scale,
+    weight_formats,
     weight_scales,
 )
+from stepquant.param_recipe import ActivationFormat, WeightFormat
 
 from .inputs import MAGNITUDES, heavy_tailed
 
@@ -32,12 +36,17 @@ def test_names_groups_and_bits():
     }
 
 
+def test_what_the_formats_are_for():
+    """Parameters allow the same ones; their module does not import torch, so it has lists of its own."""
+    assert weight_formats() == ("int4", "mxfp4", "nvfp4", "asym_w4a8") == get_args(WeightFormat)
+    assert activation_formats() == ("int4", "mxfp4", "nvfp4", "int8_row") == get_args(ActivationFormat)
+
+
 def test_partners():
-    assert four_bit_names() == ("int4", "mxfp4", "nvfp4")
-    partners = {name: eight_bit_partner(get_format(name)).name for name in four_bit_names()}
-    assert partners == {"int4": "int8", "mxfp4": "mxfp8", "nvfp4": "mxfp8"}
-    with pytest.raises(UserError, match="'int8' has no 8-bit partner; allowed: int4, mxfp4, nvfp4"):
-        eight_bit_partner(get_format("int8"))
+    partners = {name: eight_bit_partner(get_format(name)).name for name in activation_formats()}
+    assert partners == {"int4": "int8", "mxfp4": "mxfp8", "nvfp4": "mxfp8", "int8_row": "int8_row"}
+    with pytest.raises(UserError, match="asym_w4a8 is a format of weights alone; allowed: int4, mxfp4, nvfp4"):
+        eight_bit_partner(get_format("asym_w4a8"))
 
 
 def test_unknown_format_names_the_known_ones():

@@ -12,6 +12,7 @@ from .inputs import MAGNITUDES, heavy_tailed, midpoints
 MXFP8 = get_format("mxfp8")
 MODES = {"floor": ScaleCalculationMode.FLOOR, "ceil": ScaleCalculationMode.RCEIL}
 GROUP = 32
+ONE = torch.ones(1)  # the scale of values that are divided by theirs already
 # Every finite value: codes 0..126 are positive, 127 is NaN, and so on with the sign bit.
 POSITIVE = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
@@ -48,14 +49,14 @@ def test_rounds_like_torchs_cast_around_every_midpoint_and_everywhere_else():
     y = torch.cat((POSITIVE, midpoints(POSITIVE.tolist()), spread, torch.tensor([1e-45, 1e-38, 447.9, 448.1])))
     y = torch.cat((y, -y))
     expected = y.clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(MXFP8.round_to_grid(y.clone()), expected.float())
-    assert torch.equal(MXFP8.encode_scaled(y.clone()), expected.view(torch.uint8))
+    assert torch.equal(MXFP8.round_to_grid(y.clone(), ONE), expected.float())
+    assert torch.equal(MXFP8.encode_scaled(y.clone(), ONE), expected.view(torch.uint8))
 
 
 def test_saturates_at_448():
     beyond = torch.tensor([448.0, 464.0, 480.0, 1e30, torch.inf])  # torch's cast makes NaN of what is above 464
-    assert MXFP8.round_to_grid(beyond.clone()).tolist() == [448.0] * 5
-    assert MXFP8.encode_scaled(-beyond).tolist() == [0xFE] * 5  # sign, exponent 15, mantissa 6: -1.75 * 2^8
+    assert MXFP8.round_to_grid(beyond.clone(), ONE).tolist() == [448.0] * 5
+    assert MXFP8.encode_scaled(-beyond, ONE).tolist() == [0xFE] * 5  # sign, exponent 15, mantissa 6: -1.75 * 2^8
 
 
 @pytest.mark.parametrize("power", [-90, -3, 0, 5, 100])

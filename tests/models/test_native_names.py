@@ -5,7 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from stepquant.models.native_names import diffusers_key, module_spellings
+from stepquant.models.native_names import diffusers_key, module_spellings, native_key
 from tests.native_wan import FAMILIES, native_name, tiny_denoiser
 
 # diffusers 0.42.1 converts neither the one nor the other to a name of its own.
@@ -22,6 +22,7 @@ def test_every_tensor_has_the_name_that_diffusers_gives_it(family):
             iter(convert_wan_transformer_to_diffusers({native: torch.ones(1)}))
         )
         assert diffusers_key(native) == converted == key
+        assert native_key(key) == native
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,13 @@ def test_every_tensor_has_the_name_that_diffusers_gives_it(family):
 )
 def test_a_name_that_wan_does_not_have(key):
     assert diffusers_key(key) is None
+
+
+@pytest.mark.parametrize(
+    "key", ["blocks.0.attn3.to_q.weight", "blocks.x.attn1.to_q.bias", "blocks.0", "head.head.bias"]
+)
+def test_a_name_that_diffusers_does_not_have(key):
+    assert native_key(key) is None
 
 
 def test_spellings_of_a_module():

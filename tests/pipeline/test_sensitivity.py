@@ -28,7 +28,7 @@ def in_double(arguments):
 
 
 @pytest.mark.parametrize("site_name", ["attn1.qkv", "attn2.kv", "ffn.down"])
-@pytest.mark.parametrize("kind", ["activations_4_bit", "weights"])
+@pytest.mark.parametrize("kind", ["activations", "weights"])
 @torch.no_grad()
 def test_products_are_derivatives_by_the_errors_of_the_packed_linears(workspace, site_name, kind):
     artifacts, params = workspace.root / "artifacts", workspace.root / "params.yaml"
@@ -55,7 +55,7 @@ def test_products_are_derivatives_by_the_errors_of_the_packed_linears(workspace,
             linear.activation_format = None
             unrounded = linear(x)
             linear.activation_format = narrow
-            error = linear(x) - unrounded if kind == "activations_4_bit" else unrounded - output
+            error = linear(x) - unrounded if kind == "activations" else unrounded - output
             return output + size * error
 
         model.get_submodule(target).register_forward_hook(hook)

@@ -48,7 +48,7 @@ def test_params_of_a_made_shape_on_this_machine(made, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "wan"], "no profile 'wan'; allowed: demo, paper, wan2.1-flf2v-14b-720p, "),
+        (["--profile", "wan"], "no profile 'wan'; allowed: comfyui_w4a8, demo, paper, wan2.1-"),
         (["--profile", "demo"], "model.source: data/models/wan22-mini is neither a local folder nor known here"),
         (
             ["--profile", "wan2.2-i2v-a14b", "--machine", "abacus"],

@@ -77,7 +77,7 @@ def test_the_mode_that_fits_is_found(real):
     assert fitting_offload(real, replace(SMALL, device_bytes=4e9), "trajectories") is None
 
 
-PUBLISHED = [name for name in read_profiles() if name not in ("demo", "paper")]
+PUBLISHED = [name for name in read_profiles() if name not in ("demo", "paper", "comfyui_w4a8")]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from stepquant.errors import UserError
 from stepquant.formats import Scales, get_format, weight_scales
+from stepquant.formats.asym_w4a8 import CODEBOOK
 from stepquant.quantize.gptq import gptq, inverse_factor
 
-FORMATS = ["int4", "mxfp4", "nvfp4"]
+FORMATS = ["int4", "mxfp4", "nvfp4", "asym_w4a8"]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -23,19 +24,16 @@ def rounded(
     return SimpleNamespace(codes=codes, damping=factor.damping, retries=factor.retries, dead=factor.dead)
 
 
-def grid(name: str) -> Tensor:
-    """Element value of each of the 16 codes, written out."""
-    if name == "int4":
-        return torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1], dtype=torch.float64)
-    return torch.tensor(E2M1 + [-v for v in E2M1], dtype=torch.float64)
-
-
-def steps(name: str, scales: Scales) -> Tensor:
-    """Real value of each group's scale, float64 [N, K/g]."""
+def levels(name: str, scales: Scales) -> Tensor:
+    """The 16 values of every group in ascending order, written out, float64 [N, K/g, 16]."""
     group = scales.group
-    if name == "mxfp4":
-        return 2.0 ** (group.double() - 127)
-    return group.double() if name == "int4" else group.double() * scales.tensor.double()
+    if name == "asym_w4a8":
+        integers = torch.tensor(CODEBOOK) * group.float()[..., None]
+        return integers.round().clamp(-127, 127).double() * scales.row.double()[:, None, None]
+    if name == "int4":
+        return torch.arange(-8, 8, dtype=torch.float64) * group.double()[..., None]
+    scale = 2.0 ** (group.double() - 127) if name == "mxfp4" else group.double() * scales.tensor.double()
+    return torch.tensor([-v for v in E2M1[::-1]] + E2M1, dtype=torch.float64) * scale[..., None]
 
 
 def obq(W: Tensor, H: Tensor, scales: Scales, name: str, damping: float, act_order: bool) -> Tensor:
@@ -50,9 +48,9 @@ def obq(W: Tensor, H: Tensor, scales: Scales, name: str, damping: float, act_ord
     order = H.diagonal().argsort(descending=True).tolist() if act_order else range(K)
     Q, left = torch.empty_like(W), torch.ones(K, dtype=torch.bool)
     for i in order:
-        step = steps(name, scales)[:, i // g]
-        distance = ((W[:, i] / step)[:, None] - grid(name)).abs()
-        Q[:, i] = grid(name)[distance.argmin(dim=1)] * step
+        allowed = levels(name, scales)[:, i // g]
+        nearest = (W[:, i, None] - allowed).abs().argmin(dim=1, keepdim=True)
+        Q[:, i] = allowed.gather(1, nearest).squeeze(1)
         left[i] = False
         W[:, left] -= torch.outer((W[:, i] - Q[:, i]) / Hinv[i, i], Hinv[i, left])
         Hinv = Hinv - torch.outer(Hinv[:, i], Hinv[i]) / Hinv[i, i]

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.gptq_launches import OperationLog
 from stepquant.errors import UserError
-from stepquant.quantize.rotate import hadamard, rotate, rotate_by
+from stepquant.quantize.rotate import REGULAR, hadamard, rotate, rotate_by
 
 SIZES = [16, 32, 64, 128]
 
@@ -13,6 +13,15 @@ SIZES = [16, 32, 64, 128]
 def test_matrix_of_order_four():
     expected = 0.5 * torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     assert torch.equal(hadamard(4), expected)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
+def test_the_regular_matrix_is_symmetric_orthogonal_and_has_equal_row_sums(size):
+    H = hadamard(size, REGULAR).double()
+    assert torch.equal(H, H.T)
+    torch.testing.assert_close(H @ H, torch.eye(size, dtype=torch.float64))
+    assert torch.equal(H.abs(), torch.full_like(H, size**-0.5))
+    assert torch.equal(H.sum(0), torch.ones(size, dtype=torch.float64))  # sqrt(size) more ones than minus ones
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -56,6 +65,12 @@ def test_the_matrix_is_built_on_the_device_of_its_input():
     with OperationLog() as log:
         assert rotate(x, 64).shape == (2, 128)
     assert not [name for name in log.names if "copy" in name]
+
+
+@pytest.mark.parametrize("size", [8, 32, 128])
+def test_a_regular_matrix_of_a_size_that_is_no_power_of_four_is_refused(layer, size):
+    with pytest.raises(UserError, match=f"size {size} for 128 channels; allowed: 0, or a power of four"):
+        rotate(layer[1], size, REGULAR)
 
 
 @pytest.mark.parametrize("size", [-2, 48, 256])

@@ -176,3 +176,9 @@ def test_unquantized_activations(layer):
     ones = InputTransform.smoothing(torch.ones(128, dtype=torch.bfloat16))
     factors = nearest_factors(W, ones, LayerSpec(0, 0, w4a16))
     torch.testing.assert_close(quantized_path(x, factors, 0.5, 0), x @ fmt.decode(factors.codes, factors.scales).T)
+
+
+def test_with_both_exponents_zero_there_is_no_smoothing(layer):
+    W, x = layer
+    smooth = smoothing_factor(x.std(0), W.abs().amax(0), alpha=0, beta=0)
+    assert torch.equal(smooth, torch.ones(x.shape[1], dtype=torch.bfloat16))

@@ -83,6 +83,6 @@ def test_nvfp4_without_its_tensor_scale_is_refused(site, settings):
     factors, _ = factor_site(site.W, site.statistics, chosen.factor)
     scheme = quant_scheme(chosen.factor.format)
     residual = ResidualFactors.of_layer(round_to_nearest(site.W, factors.transform, *factors.branch, scheme))
-    tensors = residual.tensors() | {"tensor_scale": None}
+    tensors = residual.tensors() | {"tensor_scale": None, "row_scale": None}
     with pytest.raises(UserError, match="nvfp4 scales: the per-tensor scale is missing"):
         layer_output(site.W, ResidualFactors(**tensors).layer(factors.transform, scheme), 1.0, 0)

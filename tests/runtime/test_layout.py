@@ -34,6 +34,7 @@ CONFIG = {
     "targets": ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"],
     "eight_bit_format": "mxfp8",
     "eight_bit_bins": {"blocks.0.ffn.net.2": [1]},
+    "hadamard": "sylvester",
 }
 NO_EIGHT_BITS = {"eight_bit_format": None, "eight_bit_bins": {}}
 
@@ -67,10 +68,14 @@ def test_the_eight_bit_format_belongs_to_that_of_the_activations(activation, eig
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_format": "int8"}, "weight_format is 'int8'; allowed: int4, mxfp4, nvfp4$"),
-        ({"weight_format": ["int4"]}, r"weight_format is \['int4'\]; allowed: int4, mxfp4, nvfp4"),
-        ({"activation_format": "mxfp8"}, "activation_format is 'mxfp8'; allowed: int4, mxfp4, nvfp4"),
+        ({"weight_format": "int8"}, "weight_format is 'int8'; allowed: int4, mxfp4, nvfp4, asym_w4a8$"),
+        ({"weight_format": ["int4"]}, r"weight_format is \['int4'\]; allowed: int4, mxfp4, nvfp4, asym_w4a8"),
+        ({"weight_format": "int8_row"}, "weight_format is 'int8_row'; allowed"),
+        ({"activation_format": "mxfp8"}, "format is 'mxfp8'; allowed: int4, mxfp4, nvfp4, int8_row, or null"),
         ({"activation_format": "fp8"}, "activation_format is 'fp8'; allowed"),
+        ({"activation_format": "asym_w4a8"}, "activation_format is 'asym_w4a8'; allowed"),
+        ({"hadamard": "walsh"}, "hadamard is 'walsh'; allowed: sylvester, regular"),
+        ({"hadamard": "regular", "rotations": {"blocks.0.ffn.net.2": 32}}, "a power of four, by module path"),
         ({"activation_rounding": "nearest"}, "activation_rounding is 'nearest'; allowed: floor, ceil"),
         ({"activation_scales": "max"}, "activation_scales is 'max'; allowed: absmax, error"),
         ({"activation_scales": "error"}, "activation_scales is 'error', but activations are mxfp4; allowed: 'absmax'"),
@@ -95,6 +100,7 @@ def test_the_eight_bit_format_belongs_to_that_of_the_activations(activation, eig
         ),
         ({"eight_bit_bins": {}}, "eight_bit_format is 'mxfp8', but eight_bit_bins has no target"),
         ({"activation_format": None}, "but activation_format is null, so that activations stay unquantized"),
+        ({"activation_format": "int8_row"}, "but int8_row activations have 8 bits in every bin; allowed: null"),
         ({"eight_bit_bins": [1]}, r"eight_bit_bins are \[1\]; allowed: a list of bin indices by module path"),
         ({"eight_bit_bins": {"blocks.1.ffn.net.2": [1]}}, "name 'blocks.1.ffn.net.2', which is not in targets"),
         *(

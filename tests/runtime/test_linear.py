@@ -10,7 +10,18 @@ from stepquant.errors import UserError
 from stepquant.runtime import linear as linear_module
 from stepquant.runtime.layout import QuantizationSettings
 from stepquant.runtime.linear import W4A4Linear
-from tests.runtime.definition import FORMATS, OFFSETS, RATIOS, K, N, R, activation_by_hand, make_linear, weight_by_hand
+from tests.runtime.definition import (
+    EIGHT_BITS,
+    FORMATS,
+    OFFSETS,
+    RATIOS,
+    K,
+    N,
+    R,
+    activation_by_hand,
+    make_linear,
+    weight_by_hand,
+)
 
 
 @pytest.mark.parametrize("bin_", range(3))
@@ -50,6 +61,34 @@ def test_mean_subtraction_and_rotation(weight, rotation):
     )
     expected += linear.bias + x @ linear.proj_down.float() @ linear.proj_up.float().T
     torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("activation", [*FORMATS, "int8_row", None])
+@pytest.mark.parametrize("weight", ["asym_w4a8", "int4"])
+def test_what_comfyui_has_beside_all_else(weight, activation, eight_bits):
+    """Its weights, its activations and its Hadamard matrix, with a mean, a branch, clips and 8-bit bins."""
+    if eight_bits and activation not in EIGHT_BITS:
+        with pytest.raises(UserError, match="eight_bit_format is 'int8', but .*; allowed: null"):
+            QuantizationSettings(
+                weight, activation, "ceil", "absmax", 0, False, {}, (9.0, 0.0), ("a",), "int8", {"a": (0,)}
+            )
+        return
+    kinds = {"mean_subtraction": True, "rotation": 16, "hadamard": "regular"}
+    linear = make_linear(weight, activation, **kinds, eight_bit_bins=(1,) if eight_bits else ())
+    factor = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+    matrix = torch.block_diag(*[torch.kron(factor, factor) / 4] * (K // 16))
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, K)
+    z = (x - linear.mean.float()) / linear.smooth_factor.float() @ matrix
+    rest = linear.bias + x @ linear.proj_down.float() @ linear.proj_up.float().T
+    for bin_ in range(2):
+        linear.bin.set(bin_)
+        rounding = (activation, RATIOS[bin_], OFFSETS[bin_] if activation == "mxfp4" else 0)
+        if eight_bits and bin_ == 1:
+            rounding = (EIGHT_BITS[activation], 1.0, 0)
+        rounded = activation_by_hand(z, *rounding, "ceil") if activation else z
+        expected = rounded @ weight_by_hand(linear, weight).T + rest
+        torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rotation_that_does_not_fit():

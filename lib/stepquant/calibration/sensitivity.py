@@ -37,7 +37,7 @@ from stepquant.quantize.quantized_layer import QuantizedLayer
 from stepquant.recipe.settings import quant_scheme
 from stepquant.storage.json_files import to_json
 
-ERRORS = ("activations_4_bit", "activations_8_bit", "weights")
+ERRORS = ("activations", "activations_8_bit", "weights")
 # The errors of different groups are taken as independent, so with many groups fewer probes are enough.
 GROUPS = 64
 PRODUCTS, TOKENS = "products.safetensors", "tokens.json"

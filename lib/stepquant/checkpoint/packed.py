@@ -73,10 +73,11 @@ def pack_site(
     for path, (N, _) in linears.items():
         rows = slice(start, start := start + N)
         scales, rank = layer.scales, layer.proj_down.shape[1]
+        row = None if scales.row is None else scales.row[rows].cpu()
         bias = biases[path].float() + layer.offset[rows] if mean_subtraction else None
         packed[path] = pack_linear(
             layer.codes[rows].cpu(),
-            Scales(scales.group[rows].cpu(), None if scales.tensor is None else scales.tensor.cpu()),
+            Scales(scales.group[rows].cpu(), None if scales.tensor is None else scales.tensor.cpu(), row),
             layer.transform.smooth.cpu(),
             proj_down=layer.proj_down.cpu() if rank else None,
             proj_up=layer.proj_up[rows].cpu() if rank else None,
@@ -123,7 +124,7 @@ def pack_linear(
         ValueError: if the scale of the whole tensor is not a bfloat16 value.
     """
     N, _ = codes.shape
-    wtscale = wcscales = None
+    wtscale, wcscales = None, scales.row
     if scales.tensor is not None:
         wtscale = scales.tensor.to(torch.bfloat16).reshape(1)
         if wtscale.item() != scales.tensor.item():

@@ -21,13 +21,15 @@ class Scales:
     """Scales of a tensor [..., K] as they are stored.
 
     Attributes:
-        group: [..., K/g] in the format's own dtype (int4 and int8 bfloat16, mxfp4 and mxfp8 uint8 that
-            holds E8M0, nvfp4 float8_e4m3fn).
+        group: [..., K/g] in the format's own dtype (int4 and int8 bfloat16, int8_row float32, mxfp4 and mxfp8 uint8
+            that holds E8M0, nvfp4 and asym_w4a8 float8_e4m3fn).
         tensor: float32 scalar [] that multiplies every group scale; nvfp4 only, None in the other formats.
+        row: float32 [N], one for each row of a weight [N, K]; asym_w4a8 only, None in the other formats.
     """
 
     group: Tensor
     tensor: Tensor | None
+    row: Tensor | None = None
 
 
 class ScaleOptions(TypedDict, total=False):
@@ -53,11 +55,13 @@ class Format(ABC):
 
     Attributes:
         name: as in params.yaml and in a checkpoint.
-        group: number of values that have one scale in common.
-        code_bits: bits of a code, 4 or 8. A weight is stored in a format of 4.
+        group: number of adjacent values that have one scale in common; 0 is all of a row.
+        code_bits: bits of a code, 4 or 8. Weights are stored in the formats of 4.
         bits: storage per value, group scale included.
         scale_dtype: dtype of a stored group scale.
         has_tensor_scale: whether one more scale multiplies the whole tensor.
+        has_row_scale: whether one more scale multiplies each row of a weight.
+        for_activations: whether activations can be rounded to it.
         has_exponent_scale: whether a group scale is a power of two, whose exponent can be offset.
     """
 
@@ -67,7 +71,9 @@ class Format(ABC):
     bits: ClassVar[float]
     scale_dtype: ClassVar[torch.dtype]
     has_tensor_scale: ClassVar[bool] = False
+    has_row_scale: ClassVar[bool] = False
     has_exponent_scale: ClassVar[bool] = False
+    for_activations: ClassVar[bool] = True
 
     def scales(self, x: Tensor, **options: Unpack[ScaleOptions]) -> Scales:
         """Scales of x from the largest magnitude of each group.
@@ -92,7 +98,7 @@ class Format(ABC):
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes (uint8, below 2^code_bits) of x [..., K]: round to nearest, ties to the even code, saturating."""
-        return self.encode_scaled(self._divide(self._grouped(x.float()), scales)).flatten(-2)
+        return self.encode_scaled(self._divide(self._grouped(x.float()), scales), self._scale(scales)).flatten(-2)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """float32 values [..., K] of codes [..., K]."""
@@ -103,7 +109,8 @@ class Format(ABC):
         """Real value of each group's scale and its reciprocal, float32 in the shape of scales.group.
 
         With `round_to_grid` and `encode_scaled` they allow rounding column by column, where `encode` would compute the
-        same scales again: x is rounded to round_to_grid(x * reciprocal) * scale.
+        same scales again: x is rounded to round_to_grid(x * reciprocal, scale) * scale. In a format with a scale per
+        row both, and x, are in units of it.
         """
         return self._scale(scales).squeeze(-1), self._reciprocal(scales)
 
@@ -122,26 +129,27 @@ class Format(ABC):
         """
         x32 = x.float()  # converted once, for the scales and for the values
         scales = self.scales(x32, **options)
-        rounded = self.round_to_grid(self._divide(self._grouped(x32), scales))
-        return rounded.mul_(self._scale(scales)).flatten(-2).to(x.dtype)
+        scale = self._scale(scales)
+        rounded = self.round_to_grid(self._divide(self._grouped(x32), scales), scale)
+        return rounded.mul_(scale).flatten(-2).to(x.dtype)
 
     @abstractmethod
-    def round_to_grid(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """Rounds y (float32, divided by its scale) in place to the element grid and returns it.
 
-        To nearest, ties to the even code, saturating.
+        To nearest, ties to the even code, saturating. scale, broadcastable to y, matters to asym_w4a8 alone, whose
+        grid depends on it.
         """
 
     @abstractmethod
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """uint8 codes of y (float32, divided by its scale), rounded as by `round_to_grid`; may overwrite y."""
 
     def amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each group, float32 [..., K/g]."""
         magnitudes = self._grouped(x.float()).abs()
-        if (
-            self.group < 32
-        ):  # torch's CPU reduction is slow over so few values: halve the group element by element first
+        if 0 < self.group < 32:
+            # torch's CPU reduction is slow over so few values: halve the group element by element first.
             magnitudes = torch.maximum(magnitudes[..., : self.group // 2], magnitudes[..., self.group // 2 :])
         return magnitudes.amax(-1)
 
@@ -155,7 +163,7 @@ class Format(ABC):
     def _grouped(self, x: Tensor) -> Tensor:
         """x [..., K] as [..., K/g, g]."""
         check_groups(x.shape[-1], self, "tensor")
-        return torch.unflatten(x, -1, (-1, self.group))
+        return torch.unflatten(x, -1, (-1, self.group or x.shape[-1]))
 
     @abstractmethod
     def _scales(self, amax: Tensor, exponent_offset: int | Tensor, rounding: str, tensor: Tensor | None) -> Scales:
@@ -180,7 +188,7 @@ class Format(ABC):
 
 def check_groups(K: int, fmt: Format, what: str) -> None:
     """Raises InvalidInput, with the name `what`, unless fmt's group size divides K channels."""
-    if K % fmt.group:
+    if fmt.group and K % fmt.group:
         raise InvalidInput(
             f"{what}: {K} channels cannot be divided into {fmt.name} groups; allowed: a multiple of {fmt.group}"
         )

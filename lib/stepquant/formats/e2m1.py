@@ -43,11 +43,11 @@ class E2M1Format(Format):
 
     code_bits = 4
 
-    def round_to_grid(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """As `round_e2m1`."""
         return round_e2m1(y)
 
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """As `to_e2m1_codes`."""
         return to_e2m1_codes(y)
 

@@ -23,9 +23,9 @@ class Int4(IntegerFormat):
     bits = 4 + 16 / 64
     largest = 7
 
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """Two's-complement nibbles of y; overwrites y."""
-        return self.round_to_grid(y).to(torch.int8).view(torch.uint8) & 0x0F
+        return self.round_to_grid(y, scale).to(torch.int8).view(torch.uint8) & 0x0F
 
     def _from_codes(self, codes: Tensor) -> Tensor:
         # Flipping the sign bit maps the nibble's order 0..7, -8..-1 to 8..15, 0..7, which is the value plus eight.

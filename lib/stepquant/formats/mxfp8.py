@@ -37,11 +37,11 @@ class Mxfp8(Format):
         """None: mxfp8 has no per-tensor scale."""
         return None
 
-    def round_to_grid(self, y: Tensor) -> Tensor:
+    def round_to_grid(self, y: Tensor, scale: Tensor) -> Tensor:
         """y rounded in place to E4M3, by float32 arithmetic: kernels of older GPUs have no cast to float8."""
         return round_float(y, E4M3_MAX, _MANTISSA_BITS, _SMALLEST_EXPONENT)
 
-    def encode_scaled(self, y: Tensor) -> Tensor:
+    def encode_scaled(self, y: Tensor, scale: Tensor) -> Tensor:
         """Bytes of y as float8_e4m3fn; overwrites y."""
         return y.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 

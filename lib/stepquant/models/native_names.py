@@ -51,6 +51,29 @@ def _diffusers_module(path: str) -> str | None:
     return f"blocks.{index}.{_BLOCK[inner]}" if index.isdecimal() and inner in _BLOCK else None
 
 
+def native_key(key: str) -> str | None:
+    """The native name of a tensor with a diffusers name, the inverse of `diffusers_key`; None if there is none."""
+    module, _, leaf = key.rpartition(".")
+    if leaf in ("weight", "bias"):
+        name = native_module(module)
+        return None if name is None else f"{name}.{leaf}"
+    return native_module(key)
+
+
+def native_module(path: str) -> str | None:
+    """The native name of a diffusers module, or of a parameter that is no module's weight or bias; None for others."""
+    if not path.startswith("blocks."):
+        return _inverse(_OUTSIDE).get(path)
+    _, index, inner = (path.split(".", 2) + [""])[:3]
+    natives = _inverse(_BLOCK)
+    return f"blocks.{index}.{natives[inner]}" if index.isdecimal() and inner in natives else None
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    # diffusers' attn1 and attn2 have the same names inside, the native modules as well, so no name is there twice.
+    return {name: native for native, name in table.items()}
+
+
 def module_spellings(keys: Iterable[str]) -> dict[str, str]:
     """All spellings of a denoiser's modules that LoRA files use.
 

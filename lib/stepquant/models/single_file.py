@@ -30,7 +30,7 @@ _PREFIX = re.compile(r"(model\.diffusion_model\.|diffusion_model\.)?")
 # Keys that say what a file is instead.
 _OTHER_FILES = {
     r"scale_weight|scaled_fp8|scale_input": "scaled fp8, whose weights need their scales; use the bf16 or fp16 file",
-    r"weight_scale|comfy_quant|\.qweight$": "a quantized file; use the bf16 or fp16 file",
+    r"weight_scale|weight_s_rel|comfy_quant|\.qweight$": "a quantized file; use the bf16 or fp16 file",
     r"lora_|\.diff(_b)?$": "a LoRA; name it in model.loras, docs/finetunes.md says how",
 }
 
@@ -124,10 +124,10 @@ def _check_file(file: Path, folder: Path) -> SourceFile:
     header = _read_header(file)
     expected = _expected_shapes(config)
     keys: dict[str, str] = {}
+    for pattern, what in _OTHER_FILES.items():
+        if telling := next(filter(re.compile(pattern).search, sorted(header)), None):
+            raise UnsupportedCheckpoint(f"{file}: {telling}: this is {what}")
     for key in sorted(header):
-        for pattern, what in _OTHER_FILES.items():
-            if re.search(pattern, key):
-                raise UnsupportedCheckpoint(f"{file}: {key}: this is {what}")
         plain = key[_PREFIX.match(key).end() :]  # type: ignore[union-attr]  # matches nothing, too
         name = plain if plain in expected else diffusers_key(plain)
         if name not in expected:

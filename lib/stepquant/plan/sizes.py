@@ -9,27 +9,18 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-import torch
-
 from stepquant.calibration import recorder
 from stepquant.formats import get_format
 from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, rows_kept
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
 from stepquant.recipe.variants import VARIANTS
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
+from stepquant.storage.safetensors_stream import NAMES
 
 # Bytes of the zarr.json of an array and of a group of ours, as zarr 3.1.6 writes them.
 ARRAY_METADATA, GROUP_METADATA = 540, 290
 ERROR = 0.04644073173403740  # a float of typical length in a record
 DIGEST = 64
-CODES = {
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
 
 
 @dataclass(frozen=True)
@@ -226,7 +217,7 @@ def safetensors_bytes(tensors: Shapes) -> int:
     # safetensors orders the tensors by the size of their values, then by name.
     for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
         end = offset + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     header = len(json.dumps(entries, separators=(",", ":")))
     return 8 + -(-header // 8) * 8 + offset

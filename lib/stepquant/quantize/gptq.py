@@ -101,7 +101,8 @@ def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, colum
     """
     check_finite(W, "GPTQ weight")
     U, order = factor.U, factor.order
-    columns = W.float().T[order]  # transposed, so that a column of W is contiguous
+    W = W.float() if scales.row is None else W.float() / scales.row[:, None]  # rows are independent
+    columns = W.T[order]  # transposed, so that a column of W is contiguous
     K, N = columns.shape
     scale, reciprocal = (each.T.contiguous() for each in fmt.scale_and_reciprocal(scales))
     codes = torch.empty_like(columns, dtype=torch.uint8)
@@ -112,7 +113,7 @@ def gptq(W: Tensor, factor: InverseFactor, scales: Scales, fmt: Format, *, colum
             block = ColumnBlock.allocate(K - start, N, W.device)
         block.load(columns[here], U[here, here], scale, reciprocal, order[here] // fmt.group)
         round_column_block(block, fmt)
-        codes[here] = fmt.encode_scaled(block.columns.mul_(block.reciprocal))
+        codes[here] = fmt.encode_scaled(block.columns.mul_(block.reciprocal), block.scale)
         if start + column_block < K:
             columns[rest].addmm_(U[here, rest].T, block.errors, alpha=-1)
 
@@ -184,7 +185,7 @@ def round_column_block(block: ColumnBlock, fmt: Format) -> None:
         end = min(start + INNER, size)
         for i in range(start, end):
             torch.mul(columns[i], reciprocal[i], out=block.rounded)
-            fmt.round_to_grid(block.rounded)
+            fmt.round_to_grid(block.rounded, scale[i])
             torch.addcmul(columns[i], block.rounded, scale[i], value=-1, out=errors[i])
             errors[i].div_(diagonal[i])
             if i + 1 < end:

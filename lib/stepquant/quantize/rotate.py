@@ -2,8 +2,13 @@
 
     x/s -> rotate(x/s, size),   residual -> rotate(residual, size):   their product is unchanged
 
-The Sylvester matrix of order `size`, divided by sqrt(size), is symmetric and orthogonal, so a rotation is its own
-inverse.
+The matrix of order `size`, divided by sqrt(size), is symmetric and orthogonal, so a rotation is its own inverse. There
+are two kinds:
+
+    sylvester   products of [[1, 1], [1, -1]]; its first row and column have no sign changes, so that the sum of a
+                group's channels goes into one channel
+    regular     products of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], so powers of four; the sums
+                of all rows are equal. ComfyUI rotates with it (ConvRot)
 
 Its benefit depends on format and site. Without it the W4A4 error of synthetic heavy-tailed layers is 51.4 % larger
 for int4, 21.6 % for mxfp4 and unchanged for nvfp4 (MR-GPTQ, arXiv 2509.23202, explains why). On the demo model the
@@ -16,8 +21,12 @@ from torch import Tensor
 
 from stepquant.errors import InvalidInput
 
+SYLVESTER, REGULAR = "sylvester", "regular"
+# Order of each kind's factor, and where it is -1.
+_FACTORS = {SYLVESTER: (2, ((1, 1),)), REGULAR: (4, ((0, 3), (1, 2), (2, 1), (3, 0)))}
 
-def rotate(x: Tensor, size: int) -> Tensor:
+
+def rotate(x: Tensor, size: int, kind: str = SYLVESTER) -> Tensor:
     """Rotates every `size` adjacent channels of x.
 
     The matrix is built in each call; a caller that rotates often keeps `hadamard` and calls `rotate_by`.
@@ -25,6 +34,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
     Args:
         x: [..., K] of any float dtype.
         size: The Hadamard size; 0 returns x unchanged.
+        kind: The kind of the Hadamard matrix.
 
     Returns:
         The rotated x, in its shape and dtype.
@@ -34,8 +44,8 @@ def rotate(x: Tensor, size: int) -> Tensor:
     """
     if size == 0:
         return x
-    check_rotation(size, x.shape[-1])
-    return rotate_by(x, hadamard(size, device=x.device, dtype=x.dtype))
+    check_rotation(size, x.shape[-1], kind=kind)
+    return rotate_by(x, hadamard(size, kind, device=x.device, dtype=x.dtype))
 
 
 def rotate_by(x: Tensor, matrix: Tensor) -> Tensor:
@@ -51,24 +61,40 @@ def rotate_by(x: Tensor, matrix: Tensor) -> Tensor:
     return (torch.unflatten(x, -1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
 
 
-def check_rotation(size: int, K: int, what: str = "rotation") -> None:
-    """Raises InvalidInput, with the name `what`, unless size is 0 or a power of two that divides K."""
-    if size and (size < 0 or size.bit_count() != 1 or K % size):
+def check_rotation(size: int, K: int, what: str = "rotation", *, kind: str = SYLVESTER) -> None:
+    """Raises InvalidInput, with the name `what`, unless size is 0 or one of the kind's sizes that divides K."""
+    if size and (not is_hadamard_size(size, kind) or K % size):
+        power = "two" if kind == SYLVESTER else "four"
         raise InvalidInput(
-            f"{what}: Hadamard size {size} for {K} channels; allowed: 0, or a power of two that divides {K}"
+            f"{what}: Hadamard size {size} for {K} channels; allowed: 0, or a power of {power} that divides {K}"
         )
 
 
-def hadamard(order: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix [order, order].
+def is_hadamard_size(size: int, kind: str) -> bool:
+    """Whether there is a Hadamard matrix of the kind with this order: a power of two, or of four (the kind regular)."""
+    even_power = size.bit_length() % 2 == 1
+    return size > 0 and size.bit_count() == 1 and (kind == SYLVESTER or even_power)
+
+
+def hadamard(
+    order: int,
+    kind: str = SYLVESTER,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Orthonormal Hadamard matrix [order, order].
 
     Args:
-        order: A power of two.
+        order: A power of two; of four if the kind is regular.
+        kind: "sylvester" or "regular".
         device: Where the matrix is built; None is torch's default device.
         dtype: The dtype of the result. The values are computed in float32 and rounded once.
     """
-    H, two = torch.ones(1, 1, device=device), torch.ones(2, 2, device=device)
-    two[1, 1].fill_(-1)
+    size, negative = _FACTORS[kind]
+    H, factor = torch.ones(1, 1, device=device), torch.ones(size, size, device=device)
+    for i, j in negative:
+        factor[i, j].fill_(-1)  # without a copy from the host
     while H.shape[0] < order:
-        H = torch.kron(two, H)
+        H = torch.kron(factor, H)
     return (H / float(order**0.5)).to(dtype)

@@ -15,6 +15,7 @@ from stepquant.errors import UserError
 from stepquant.formats import weight_scales
 from stepquant.quantize.lowrank import Branch, low_rank_factors, stored_branch
 from stepquant.quantize.quantized_layer import LayerSpec, QuantizedLayer, QuantScheme, layer_output, relative_error
+from stepquant.quantize.rotate import SYLVESTER
 from stepquant.quantize.transform import InputTransform
 
 # Engines quantize nvfp4 activations without a per-tensor scale, so the E4M3 group scales must cover their range alone:
@@ -36,8 +37,11 @@ def smoothing_factor(x_magnitude: Tensor, w_magnitude: Tensor, *, alpha: float, 
         beta: Exponent of w_magnitude.
 
     Returns:
-        bfloat16 [K]. A channel with magnitude 0 on either side has nothing to balance: its s is 1.
+        bfloat16 [K]. A channel with magnitude 0 on either side has nothing to balance: its s is 1. With both exponents
+        0 there is no smoothing: s is 1 everywhere.
     """
+    if alpha == beta == 0:
+        return torch.ones_like(x_magnitude, dtype=torch.bfloat16)
     x_magnitude, w_magnitude = x_magnitude.float(), w_magnitude.float()
     live = (x_magnitude > 0) & (w_magnitude > 0)
     log_s = alpha * x_magnitude.log() - beta * w_magnitude.log()
@@ -79,10 +83,12 @@ class TransformCandidates:
     Attributes:
         exponents: Pairs (alpha, beta) of `smoothing_factor`.
         rotations: Hadamard sizes; 0 is no rotation.
+        hadamard: The kind of their matrices (rotate.py).
     """
 
     exponents: Sequence[tuple[float, float]]
     rotations: Sequence[int]
+    hadamard: str = SYLVESTER
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def search_transform(
     found, best = None, math.inf
     for alpha, beta in candidates.exponents:
         smooth = smoothing_factor(x_magnitude, w_magnitude, alpha=alpha, beta=beta)
-        transform = InputTransform(smooth, mean, candidates.rotations[0])
+        transform = InputTransform(smooth, mean, candidates.rotations[0], candidates.hadamard)
         branch = stored_branch(*low_rank_factors(W * smooth.float(), spec.rank, seed=spec.seed), smooth)
         errors.append(search_score(W, x, reference, transform, branch, spec.scheme))
         if errors[-1] < best:  # only the best candidate is kept: at 13,824 channels they are large

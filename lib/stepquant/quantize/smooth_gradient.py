@@ -67,7 +67,7 @@ def descend_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group:
         rest: W without the branch, not smoothed, [N, K].
         x: Raw inputs [T, K].
         transform: The transform whose smoothing is the starting point.
-        group: Group size of the activation format.
+        group: Group size of the activation format; 0 is all of a row.
         steps: Iterations of Adam.
 
     Returns:
@@ -77,7 +77,7 @@ def descend_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group:
     subset = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:TOKENS].to(x.device)
     tokens = x[subset].float() - transform.mean.float()
     size = max(transform.rotation, 1)
-    matrix = hadamard(size, device=x.device)
+    matrix = hadamard(size, transform.hadamard, device=x.device)
     columns = torch.unflatten(rest.float(), 1, (-1, size)).permute(1, 2, 0)
     gram = columns @ columns.mT
     with torch.enable_grad():
@@ -85,7 +85,7 @@ def descend_smoothing(rest: Tensor, x: Tensor, transform: InputTransform, group:
         move = torch.zeros_like(start, requires_grad=True)
         optimizer = torch.optim.Adam([move], lr=LEARNING_RATE)
         for _ in range(steps):
-            loss = _log_noise((start + move).exp(), tokens, gram, matrix, group)
+            loss = _log_noise((start + move).exp(), tokens, gram, matrix, group or x.shape[1])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

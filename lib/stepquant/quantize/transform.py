@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stepquant.quantize.lowrank import residual
-from stepquant.quantize.rotate import check_rotation, hadamard, rotate_by
+from stepquant.quantize.rotate import SYLVESTER, check_rotation, hadamard, rotate_by
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class InputTransform:
         smooth: Smoothing factor, bfloat16 [K].
         mean: The mean that is subtracted, bfloat16 [K]; zeros without mean subtraction.
         rotation: Hadamard size; 0 is no rotation.
+        hadamard: The kind of the Hadamard matrix (rotate.py).
     """
 
     smooth: Tensor
     mean: Tensor
     rotation: int
+    hadamard: str = SYLVESTER
 
     @classmethod
     def smoothing(cls, smooth: Tensor) -> "InputTransform":
@@ -44,16 +46,16 @@ class InputTransform:
     @cached_property
     def _matrix(self) -> Tensor:
         """The rotation, float32 on the transform's device; built on first use."""
-        return hadamard(self.rotation, device=self.smooth.device)
+        return hadamard(self.rotation, self.hadamard, device=self.smooth.device)
 
     def rotate(self, x: Tensor) -> Tensor:
         """x float32 [..., K] with the rotation alone applied, which is its own inverse. Raises as `check_rotation`."""
-        check_rotation(self.rotation, x.shape[-1])
+        check_rotation(self.rotation, x.shape[-1], kind=self.hadamard)
         return rotate_by(x, self._matrix) if self.rotation else x
 
     def apply(self, x: Tensor) -> Tensor:
         """The transformed input before rounding: float32 [T, K] for x [T, K] of any float dtype."""
-        check_rotation(self.rotation, x.shape[-1])
+        check_rotation(self.rotation, x.shape[-1], kind=self.hadamard)
         return transform_input(x, self.smooth, self.mean, self._matrix if self.rotation else None)
 
     def hessian(self, H: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ def factor_site(
     """
     mean = statistics.mean.mean(0) if settings.center.means else torch.zeros_like(statistics.mean[0])
     mean = mean.to(torch.bfloat16)
-    candidates = TransformCandidates(smoothing_exponents(settings.smooth), settings.rotate.hadamard_sizes)
+    rotate = settings.rotate
+    candidates = TransformCandidates(smoothing_exponents(settings.smooth), rotate.hadamard_sizes, rotate.hadamard)
     spec = LayerSpec(settings.lowrank.rank, settings.lowrank.seed, quant_scheme(settings.format))
     magnitude, samples = channel_magnitude(statistics, mean, settings.smooth.magnitude), statistics.search
     search = search_transform(W, torch.cat(samples), magnitude, mean, candidates, spec)
@@ -52,7 +53,7 @@ def factor_site(
         "rotation_errors": search.rotation_errors,
     }
     return TransformFactors(
-        transform.mean, transform.smooth, transform.rotation, search.proj_down, search.proj_up
+        transform.mean, transform.smooth, transform.rotation, transform.hadamard, search.proj_down, search.proj_up
     ), record
 
 

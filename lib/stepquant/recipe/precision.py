@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NARROW, WIDE, WEIGHTS = range(3)  # the errors of calibration/sensitivity.py: 4-bit and 8-bit activations, weights
+NARROW, WIDE, WEIGHTS = range(3)  # the errors of calibration/sensitivity.py: activations, in 8 bits, weights
 
 Slot = tuple[str, int, int, int]  # expert, bin, block, site
 

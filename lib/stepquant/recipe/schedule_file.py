@@ -68,7 +68,7 @@ class Schedule(_Part):
 
 
 def _predicted(expert: ExpertSchedule, eight_bit: bool) -> float:
-    narrow, wide, weights = (expert.errors[kind] for kind in ("activations_4_bit", "activations_8_bit", "weights"))
+    narrow, wide, weights = (expert.errors[kind] for kind in ("activations", "activations_8_bit", "weights"))
     total = 0.0
     for b, blocks in enumerate(narrow):
         for block, sites in enumerate(blocks):

@@ -10,7 +10,7 @@ gives what is written, `from_file` reads it back, and `shapes` says what will be
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from stepquant.errors import DamagedFile, MissingFile
 from stepquant.formats import Format, Scales, pack_nibbles, unpack_nibbles
 from stepquant.quantize.lowrank import Branch
 from stepquant.quantize.quantized_layer import QuantizedLayer, QuantScheme
+from stepquant.quantize.rotate import REGULAR, SYLVESTER
 from stepquant.quantize.transform import InputTransform
 
 FACTORS, RECORD = "factors.safetensors", "record.json"
@@ -43,6 +44,7 @@ class TransformFactors:
         mean: bfloat16 [K].
         smooth: bfloat16 [K].
         rotation: Hadamard size; 0 is no rotation.
+        hadamard: Kind of the Hadamard matrix. The tensor "rotation" has the size, and 1 if the kind is regular.
         proj_down: bfloat16 [K, R].
         proj_up: bfloat16 [N, R].
     """
@@ -50,13 +52,14 @@ class TransformFactors:
     mean: Tensor
     smooth: Tensor
     rotation: int
+    hadamard: str
     proj_down: Tensor
     proj_up: Tensor
 
     @property
     def transform(self) -> InputTransform:
         """The input transform."""
-        return InputTransform(self.smooth, self.mean, self.rotation)
+        return InputTransform(self.smooth, self.mean, self.rotation, self.hadamard)
 
     @property
     def branch(self) -> Branch:
@@ -68,7 +71,7 @@ class TransformFactors:
         return {
             "mean": self.mean,
             "smooth": self.smooth,
-            "rotation": torch.tensor(self.rotation),
+            "rotation": torch.tensor([self.rotation, self.hadamard == REGULAR], dtype=torch.int64),
             "proj_down": self.proj_down,
             "proj_up": self.proj_up,
         }
@@ -76,14 +79,16 @@ class TransformFactors:
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
         """Reads a site's factors from its block's folder. Raises MissingFile or DamagedFile."""
-        found = _read(folder, site, [field.name for field in fields(cls)], device)
-        return cls(found["mean"], found["smooth"], int(found["rotation"]), found["proj_down"], found["proj_up"])
+        found = _read(folder, site, ["mean", "smooth", "rotation", "proj_down", "proj_up"], device)
+        size, regular = found["rotation"].tolist()  # one copy to the host
+        kind, branch = REGULAR if regular else SYLVESTER, (found["proj_down"], found["proj_up"])
+        return cls(found["mean"], found["smooth"], size, kind, *branch)
 
     @classmethod
     def shapes(cls, N: int, K: int, rank: int) -> Shapes:
         """Shapes and dtypes of `tensors` for N outputs, K inputs and a rank."""
         vector = ((K,), torch.bfloat16)
-        return {"mean": vector, "smooth": vector, "rotation": ((), torch.int64)} | _branch_shapes(N, K, rank)
+        return {"mean": vector, "smooth": vector, "rotation": ((2,), torch.int64)} | _branch_shapes(N, K, rank)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class ResidualFactors:
         codes: uint8 [N, K/2], two codes per byte.
         scales: [N, K/g] in the format's dtype.
         tensor_scale: float32 [] (nvfp4), None in the other formats.
+        row_scale: float32 [N] (asym_w4a8), None in the other formats.
         proj_down: bfloat16 [K, R].
         proj_up: bfloat16 [N, R].
         offset: The mean's contribution to the output, float32 [N].
@@ -102,6 +108,7 @@ class ResidualFactors:
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor | None
+    row_scale: Tensor | None
     proj_down: Tensor
     proj_up: Tensor
     offset: Tensor
@@ -109,12 +116,12 @@ class ResidualFactors:
     @classmethod
     def of_layer(cls, layer: QuantizedLayer) -> Self:
         """The record of a quantized layer; its transform is in the site's TransformFactors."""
-        scales = layer.scales
-        return cls(pack_nibbles(layer.codes), scales.group, scales.tensor, layer.proj_down, layer.proj_up, layer.offset)
+        scales, branch = layer.scales, (layer.proj_down, layer.proj_up)
+        return cls(pack_nibbles(layer.codes), scales.group, scales.tensor, scales.row, *branch, layer.offset)
 
     def layer(self, transform: InputTransform, scheme: QuantScheme) -> QuantizedLayer:
         """The quantized layer under the site's transform and the formats it was rounded in."""
-        scales, codes = Scales(self.scales, self.tensor_scale), unpack_nibbles(self.codes)
+        scales, codes = Scales(self.scales, self.tensor_scale, self.row_scale), unpack_nibbles(self.codes)
         return QuantizedLayer(codes, scales, transform, self.proj_down, self.proj_up, self.offset, scheme)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,9 +132,10 @@ class ResidualFactors:
     @classmethod
     def from_file(cls, folder: Path, site: str, device: str) -> Self:
         """Reads a site's factors from its block's folder. Raises MissingFile or DamagedFile."""
-        found = _read(folder, site, [field.name for field in fields(cls)], device, optional=("tensor_scale",))
-        scales, tensor_scale = found["scales"], found.get("tensor_scale")
-        return cls(found["codes"], scales, tensor_scale, found["proj_down"], found["proj_up"], found["offset"])
+        optional = ("tensor_scale", "row_scale")
+        names = [field.name for field in fields(cls)]
+        values: dict[str, Any] = dict.fromkeys(optional) | _read(folder, site, names, device, optional)
+        return cls(**values)
 
     @classmethod
     def shapes(cls, N: int, K: int, rank: int, fmt: Format) -> Shapes:
@@ -139,6 +147,8 @@ class ResidualFactors:
         }
         if fmt.has_tensor_scale:
             shapes["tensor_scale"] = ((), torch.float32)
+        if fmt.has_row_scale:
+            shapes["row_scale"] = ((N,), torch.float32)
         return shapes | _branch_shapes(N, K, rank)
 
 

@@ -152,7 +152,7 @@ def error_shares(schedule: Schedule) -> str:
     Under the percentage stands in how many blocks the site takes 8-bit activations.
     """
     figure, panels = _panels(sorted(schedule.experts), height=3.6)
-    narrow = {name: np.array(expert.errors["activations_4_bit"]).sum(1).T for name, expert in schedule.experts.items()}
+    narrow = {name: np.array(expert.errors["activations"]).sum(1).T for name, expert in schedule.experts.items()}
     total = sum(table.sum() for table in narrow.values())
     high = max(table.max() for table in narrow.values()) / total
     for name, axes in panels.items():

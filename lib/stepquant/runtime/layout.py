@@ -13,11 +13,12 @@ Each target linear y = x W^T + b with W [N, K] loses `TARGET.weight` and gets th
 the weight format, R the rank and B the number of timestep bins.
 
     TARGET.qweight          int8  [N, K/2]   4-bit codes; the low nibble is the even column.
-                                             int4: two's complement -8..7; mxfp4, nvfp4: E2M1, sign in the top bit
+                                             int4: two's complement -8..7; mxfp4, nvfp4: E2M1, sign in the top bit;
+                                             asym_w4a8: index into the codebook of formats/asym_w4a8.py
     TARGET.wscales                [K/G, N]   int4 (G 64): bfloat16; mxfp4 (G 32): uint8, E8M0 with bias 127;
-                                             nvfp4 (G 16): float8_e4m3fn
+                                             nvfp4, asym_w4a8 (G 16): float8_e4m3fn
     TARGET.wtscale          bf16  [1]        nvfp4 only: scale of the whole tensor
-    TARGET.wcscales         bf16  [N]        nvfp4 only: scale per output channel
+    TARGET.wcscales         bf16  [N]        nvfp4: scale per output channel; asym_w4a8: the same in fp32, the row scale
     TARGET.smooth_factor    bf16  [K]
     TARGET.mean             bf16  [K]        with "mean_subtraction": subtracted from the input of the 4-bit path
     TARGET.bias             fp32  [N]        if the source has one, or with "mean_subtraction": the source's b plus the
@@ -36,7 +37,8 @@ Q rounds to "activation_format" with the clip of the bin. In the bins that "eigh
 depend on these lists.
 
 rotate cuts the channels into groups of "rotations"[TARGET] neighbors and multiplies each group by the orthonormal
-Sylvester-Hadamard matrix of that size. A target that is not listed there has no rotation.
+Hadamard matrix of that size, of the kind "hadamard" (quantize/rotate.py). A target that is not listed there has no
+rotation. In asym_w4a8, codes * wscales is rounded to an integer in -127..127 before wcscales multiplies it.
 
 All tensors are row-major, without fragment packing. Without mean, rotation and clip tables, the nvfp4 form equals the
 SVDQuant contract of vLLM-Omni (docs.vllm.ai/projects/vllm-omni, "SVDQuant W4A4") but for the dtype of the bias; int4
@@ -47,17 +49,19 @@ quantization_config:
 
     quant_method         "stepquant"
     version              3. Versions 1 and 2 had other keys and are refused.
-    weight_format        "int4", "mxfp4" or "nvfp4"
-    activation_format    the same, or null if activations stay unquantized
+    weight_format        "int4", "mxfp4", "nvfp4" or "asym_w4a8"
+    activation_format    "int4", "mxfp4", "nvfp4" or "int8_row", or null if activations stay unquantized
     activation_rounding  "floor" or "ceil": how the E8M0 scale of an activation group is rounded
     activation_scales    "absmax", or "error" (nvfp4 activations): of absmax / 6 and absmax / 4, the scale with the
                          smaller squared error of the group, times the clip; of equal errors the first
     rank                 R
     mean_subtraction     bool
+    hadamard             "sylvester" or "regular": the kind of all rotations
     rotations            {module path: Hadamard size}
     bin_edges            B + 1 falling values of t
     targets              module paths of the quantized linears
-    eight_bit_format     "int8" beside "int4" activations, "mxfp8" beside "mxfp4" and "nvfp4"; null if no bin takes it
+    eight_bit_format     "int8" beside "int4" activations, "mxfp8" beside "mxfp4" and "nvfp4"; null if no bin takes it,
+                         as always with "int8_row", which has 8 bits in every bin
     eight_bit_bins       {module path: rising indices of bins, at least one}; a target that is not listed takes
                          "activation_format" in every bin
 """
@@ -70,8 +74,9 @@ from typing import Any
 import torch
 
 from stepquant.errors import InvalidInput, UnsupportedCheckpoint
-from stepquant.formats import eight_bit_partner, four_bit_names, get_format
+from stepquant.formats import activation_formats, eight_bit_partner, get_format, weight_formats
 from stepquant.quantize.activation_scales import check_scale_rule
+from stepquant.quantize.rotate import REGULAR, SYLVESTER, is_hadamard_size
 
 QUANT_METHOD = "stepquant"
 VERSION = 3
@@ -98,11 +103,15 @@ class QuantizationSettings:
     targets: tuple[str, ...]
     eight_bit_format: str | None = None
     eight_bit_bins: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    hadamard: str = SYLVESTER
 
     def __post_init__(self) -> None:
-        _check_four_bits("weight_format", self.weight_format)
-        if self.activation_format is not None:
-            _check_four_bits("activation_format", self.activation_format)
+        if self.weight_format not in weight_formats():
+            raise InvalidInput(f"weight_format is {self.weight_format!r}; allowed: {', '.join(weight_formats())}")
+        if self.activation_format not in (None, *activation_formats()):
+            raise InvalidInput(
+                f"activation_format is {self.activation_format!r}; allowed: {', '.join(activation_formats())}, or null"
+            )
         if self.activation_rounding not in ROUNDINGS:
             raise InvalidInput(f"activation_rounding is {self.activation_rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         check_scale_rule(self.activation_scales, self.activation_format, "activation_scales")
@@ -121,9 +130,14 @@ class QuantizationSettings:
         self._check_eight_bit_format()
 
     def _check_rotations(self) -> None:
-        if not isinstance(self.rotations, dict) or not all(map(_is_hadamard_size, self.rotations.values())):
+        if self.hadamard not in (SYLVESTER, REGULAR):
+            raise InvalidInput(f"hadamard is {self.hadamard!r}; allowed: {SYLVESTER}, {REGULAR}")
+        sizes = self.rotations.values() if isinstance(self.rotations, dict) else [None]
+        if not all(type(size) is int and size > 1 and is_hadamard_size(size, self.hadamard) for size in sizes):
+            power = "two" if self.hadamard == SYLVESTER else "four"
             raise InvalidInput(
-                f"rotations are {self.rotations!r}; allowed: a Hadamard size, which is a power of two, by module path"
+                f"rotations are {self.rotations!r}; allowed: a Hadamard size, which is a power of {power}, by module "
+                "path"
             )
         if foreign := sorted(set(self.rotations) - set(self.targets)):
             raise InvalidInput(f"rotations name {foreign[0]!r}, which is not in targets")
@@ -152,7 +166,13 @@ class QuantizationSettings:
                 f"eight_bit_format is {self.eight_bit_format!r}, but activation_format is null, so that activations "
                 "stay unquantized; allowed: null"
             )
-        partner = eight_bit_partner(get_format(self.activation_format)).name
+        narrow = get_format(self.activation_format)
+        partner = eight_bit_partner(narrow).name
+        if partner == narrow.name:
+            raise InvalidInput(
+                f"eight_bit_format is {self.eight_bit_format!r}, but {self.activation_format} activations have 8 bits "
+                "in every bin; allowed: null"
+            )
         if self.eight_bit_format != partner:
             raise InvalidInput(
                 f"eight_bit_format is {self.eight_bit_format!r}; allowed beside {self.activation_format} activations: "
@@ -215,11 +235,6 @@ def _check_version(method: object, version: object) -> None:
         )
 
 
-def _check_four_bits(key: str, name: object) -> None:
-    if name not in four_bit_names():
-        raise InvalidInput(f"{key} is {name!r}; allowed: {', '.join(four_bit_names())}")
-
-
 def _as_tuple(bins: object) -> object:
     return tuple(bins) if isinstance(bins, list) else bins
 
@@ -232,10 +247,6 @@ def _are_rising_indices(bins: object, count: int) -> bool:
     if not isinstance(bins, tuple) or not bins or any(type(index) is not int for index in bins):
         return False
     return 0 <= bins[0] and bins[-1] < count and all(a < b for a, b in pairwise(bins))
-
-
-def _is_hadamard_size(size: object) -> bool:
-    return type(size) is int and size > 1 and size.bit_count() == 1
 
 
 def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -253,6 +264,8 @@ def linear_layout(settings: QuantizationSettings, N: int, K: int) -> dict[str, t
         layout |= {"mean": ((K,), torch.bfloat16)}
     if fmt.has_tensor_scale:
         layout |= {"wtscale": ((1,), torch.bfloat16), "wcscales": ((N,), torch.bfloat16)}
+    if fmt.has_row_scale:
+        layout |= {"wcscales": ((N,), torch.float32)}
     if settings.rank > 0:
         layout |= {"proj_down": ((K, settings.rank), torch.bfloat16), "proj_up": ((N, settings.rank), torch.bfloat16)}
     if settings.activation_format is not None:

@@ -1,4 +1,4 @@
-"""The quantized linear: packed 4-bit weights, a low-rank branch, 4-bit or 8-bit activations per timestep bin.
+"""The quantized linear: packed 4-bit weights, a low-rank branch, 4- or 8-bit activations per timestep bin.
 
 A reference implementation of the layout in stepquant.runtime.layout. Every forward dequantizes the whole weight, and
 quantizes and dequantizes the activations. It saves memory, not time: engines with 4-bit kernels need an export.
@@ -101,7 +101,7 @@ class W4A4Linear(nn.Linear):
         self.mixed = 0 < len(eight_bit_bins) < settings.bins
         self.bin = TimestepBin()
         self.compute_dtype = torch.float32
-        check_rotation(rotation, in_features)
+        check_rotation(rotation, in_features, kind=settings.hadamard)
         for fmt in (self.weight_format, self.activation_format, self.eight_bit_format):
             if fmt is not None:
                 check_groups(in_features, fmt, "linear input")
@@ -110,7 +110,7 @@ class W4A4Linear(nn.Linear):
         # Computed, never loaded: these must hold values where the others are still on "meta".
         on = "cpu" if torch.device(device).type == "meta" else device
         if rotation:
-            self.register_buffer("hadamard", hadamard(rotation, device=on), persistent=False)
+            self.register_buffer("hadamard", hadamard(rotation, settings.hadamard, device=on), persistent=False)
         if self.mixed:
             table = torch.tensor([index in eight_bit_bins for index in range(settings.bins)], device=on)
             self.register_buffer("has_eight_bits", table, persistent=False)
@@ -219,6 +219,8 @@ class W4A4Linear(nn.Linear):
     def _dequantized_rows(self, rows: slice) -> Tensor:
         codes = unpack_nibbles(self.qweight[rows].view(torch.uint8))
         scales = self.wscales.T[rows]
+        if self.weight_format.has_row_scale:
+            return self.weight_format.decode(codes, Scales(scales, None, self.wcscales[rows]))
         if not self.weight_format.has_tensor_scale:
             return self.weight_format.decode(codes, Scales(scales, None))
         values = self.weight_format.decode(codes, Scales(scales, self.wtscale.float().squeeze()))
