@@ -28,7 +28,7 @@ from stepquant.models.prompts import evaluation_prompts
 from stepquant.params import section
 from stepquant.recipe.schedule_file import Schedule
 
-STEPS = (4, 10, 20, 40)
+STEPS = (4, 10, 20)
 PROMPTS = slice(30, 38)
 
 

@@ -15,7 +15,7 @@ from stepquant.compute.units import Unit, gather
 from stepquant.models.captions import read_captions
 from stepquant.models.checks import check_pictures, check_run
 from stepquant.models.manifest import ModelManifest
-from stepquant.models.prompts import Prompt, check_images, recorded_prompts
+from stepquant.models.prompts import Prompt, check_images, check_measured, recorded_prompts
 from stepquant.models.sampling import source_pipeline
 from stepquant.models.source import resolve_source
 from stepquant.storage.zarr_groups import group_metadata
@@ -34,7 +34,9 @@ def trajectories(params: ParamsFile = Path("params.yaml")) -> None:
         prompts = recorded_prompts(stage["trajectories"])
         check_images(prompts, manifest.images, stage["trajectories"].manifest)
         check_pictures(prompts, stage["sampling"], "trajectories.manifest")
-        bins = parameters.glance(params, "bins")
+        bins, measured = (parameters.glance(params, section) for section in ("bins", "sensitivity"))
+        if measured is not None:
+            check_measured(measured, sum(prompt.split == "calibration" for prompt in prompts))
         check_run(
             resolve_source(manifest.source, manifest.revision), manifest, stage["sampling"], bins and bins.by_expert
         )

@@ -12,6 +12,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from tests.device.attention import attention
 from tests.device.libraries import libraries_that_know_the_device
 from tests.device.rules import DEVICES, NAME
 from tests.device.tensor import FACTORIES, PretendTensor, aten, copy_from, make
@@ -87,6 +88,6 @@ def _register() -> None:
     for name, op in FACTORIES.items():
         named.impl(name, partial(make, op), "PrivateUse1")
     named.impl("_copy_from", copy_from, "PrivateUse1")
-    # In one piece, as on the CPU: it would be taken apart otherwise, into other sums.
     named.impl("scaled_dot_product_attention", aten.scaled_dot_product_attention.default, "PrivateUse1")
+    named.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
     _LIBRARIES.extend([everything, named])

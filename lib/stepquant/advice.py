@@ -13,6 +13,7 @@ LESS_MEMORY = {
     "lowrank": "lower capture.search_tokens",
     "gptq": "no parameter helps: the Hessian of the widest site has to fit",
     "clip": "lower capture.search_tokens",
+    "sensitivity": "lower sampling.num_frames, .height or .width: the graph of one call of a block has to fit",
     "pack": "no parameter helps: one block has to fit",
     "evaluate": "lower capture.heldout_tokens",
 }

@@ -62,12 +62,12 @@ def look_at_prompts(file: Path) -> str:
         A line that says what was found.
 
     Raises:
-        UserError: a manifest is wrong, has too few prompts, or pictures that are too small or not those that the model
-            takes.
+        UserError: a manifest is wrong, has too few prompts (for stage sensitivity, too), or pictures that are too
+            small or not those that the model takes.
     """
     from stepquant.models.captions import read_captions
     from stepquant.models.checks import check_pictures
-    from stepquant.models.prompts import Prompt, check_images, evaluation_prompts, recorded_prompts
+    from stepquant.models.prompts import Prompt, check_images, check_measured, evaluation_prompts, recorded_prompts
     from stepquant.models.source import describe_experts
 
     model, sampling, found = parameters.section(file, "model"), parameters.section(file, "sampling"), []
@@ -83,6 +83,9 @@ def look_at_prompts(file: Path) -> str:
             found.append(f"{section}.manifest: {settings.manifest} is not here")
             continue
         prompts = take(settings)
+        if section == "trajectories":
+            calibrated = sum(prompt.split == "calibration" for prompt in prompts)
+            check_measured(parameters.section(file, "sensitivity"), calibrated)
         if images:
             check_images(prompts, images, settings.manifest)
         check_pictures(prompts, sampling, f"{section}.manifest")

@@ -13,6 +13,7 @@ BOUNDS: dict[Call, Traffic] = {
     Call("lowrank", "high_noise"): Traffic(host_reads=138, copies=83, launches=11_500),
     Call("gptq", "high_noise"): Traffic(host_reads=248, copies=132, launches=107_000),
     Call("clip", "high_noise"): Traffic(host_reads=22, copies=105, launches=1440),
+    Call("sensitivity", "high_noise"): Traffic(host_reads=60, copies=320, launches=5350),
     Call("pack", "rtn"): Traffic(host_reads=50, copies=21, launches=450),
     Call("pack", "svdquant"): Traffic(host_reads=107, copies=98, launches=565),
     Call("pack", "full"): Traffic(host_reads=0, copies=0, launches=0),

@@ -27,6 +27,7 @@ from tests.pretend_device import pretend_device
 from tests.workspace import ROOT, Workspace
 
 RESULT = "result.json"
+EXPERT_STAGES = ("capture", "lowrank", "gptq", "clip", "sensitivity")
 # Where a stage leaves what it made for an expert or a variant.
 OUTS = {
     "trajectories": "artifacts/trajectories.zarr",
@@ -34,6 +35,7 @@ OUTS = {
     "lowrank": "artifacts/lowrank/{}",
     "gptq": "artifacts/residual/{}",
     "clip": "artifacts/clip/{}",
+    "sensitivity": "artifacts/sensitivity/{}",
     "pack": "artifacts/checkpoints/{}",
     "generate": "artifacts/videos/{}",
     "evaluate": "artifacts/metrics/{}.json",
@@ -78,7 +80,7 @@ class Call:
 
     @property
     def command(self) -> list[str]:
-        option = "--expert" if self.stage in ("capture", "lowrank", "gptq", "clip") else "--variant"
+        option = "--expert" if self.stage in EXPERT_STAGES else "--variant"
         return [f"stages.{self.stage}", *([option, self.instance] if self.instance else [])]
 
     def __str__(self) -> str:

@@ -8,10 +8,10 @@ import pytest
 from tests.device.bounds import BOUNDS
 from tests.device.runner import Call, Result, run_stages
 from tests.once import once
-from tests.workspace import Workspace
 
 PLACE = "pretend:1"
-TRAJECTORIES = Call("trajectories", "")
+# These run the whole denoiser or the layers around its blocks, with weights that the CPU maps from their files.
+MAPPED = [Call("trajectories", ""), Call("sensitivity", "high_noise")]
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +21,11 @@ def on_device(workspace, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trajectories_on_cpu(workspace, tmp_path_factory) -> Workspace:
-    """Trajectories sampled on the CPU by weights that are copies, as a device's are (`SafeOpen` says what changes)."""
-    root = tmp_path_factory.mktemp("trajectories")
-    assert run_stages(workspace, [TRAJECTORIES], "cpu", root)[TRAJECTORIES].error is None
-    return Workspace(root / str(TRAJECTORIES))
+def from_copies(workspace, tmp_path_factory) -> Path:
+    """These stages on the CPU with weights that are copies, as a device's are (`SafeOpen` says what changes)."""
+    root = tmp_path_factory.mktemp("from_copies")
+    assert [result.error for result in run_stages(workspace, MAPPED, "cpu", root).values()] == [None] * len(MAPPED)
+    return root
 
 
 def tree(path: Path) -> dict[str, str]:
@@ -38,8 +38,8 @@ def tree(path: Path) -> dict[str, str]:
 def test_the_bytes_of_the_cpu(on_device, workspace, request, call):
     result = Result.read(on_device / str(call))
     assert result.error is None, result.error
-    here = request.getfixturevalue("trajectories_on_cpu") if call == TRAJECTORIES else workspace
-    assert tree(on_device / str(call) / call.out) == tree(here.root / call.out)
+    here = request.getfixturevalue("from_copies") / str(call) if call in MAPPED else workspace.root
+    assert tree(on_device / str(call) / call.out) == tree(here / call.out)
 
 
 @pytest.mark.parametrize("call", BOUNDS, ids=str)

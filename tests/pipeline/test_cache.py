@@ -10,9 +10,10 @@ from tests.workspace import Workspace
 
 EXPERTS = ("high_noise", "low_noise")
 # Which variants take the low-rank branch, the GPTQ residual and the clips: the table in stages/pack.py.
-BRANCH = ("w4a16", "svdquant", "svdquant_gptq", "one_clip", "full")
-ROUNDED = ("w4a16", "svdquant_gptq", "one_clip", "full")
-CLIPPED = ("one_clip", "full")
+BRANCH = ("w4a16", "svdquant", "svdquant_gptq", "one_clip", "full", "scheduled")
+ROUNDED = ("w4a16", "svdquant_gptq", "one_clip", "full", "scheduled")
+CLIPPED = ("one_clip", "full", "scheduled")
+SCHEDULED = ("scheduled",)
 PACKED = ("rtn", *BRANCH)
 SAMPLED = ("bf16", *PACKED)
 
@@ -27,9 +28,14 @@ def below(variants: tuple[str, ...]) -> set[str]:
     return each("pack generate evaluate", variants) | {"report"}
 
 
+def factors(stages: str, experts: tuple[str, ...] = EXPERTS) -> set[str]:
+    """Stages of the factors of some experts, and what is measured on them: sensitivity and schedule."""
+    return each(f"{stages} sensitivity", experts) | {"schedule"}
+
+
 ALL = (
     {"model", "trajectories"}
-    | each("capture lowrank gptq clip", EXPERTS)
+    | factors("capture lowrank gptq clip")
     | below(PACKED)
     | each("generate evaluate", ("bf16",))
 )
@@ -49,29 +55,31 @@ PARAMS = {
     "sampling.steps": (5, ALL - {"model"}),
     "trajectories.validation_prompts": (
         2,
-        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+        {"trajectories"} | factors("capture lowrank gptq clip") | NEW_ACTIVATIONS,
     ),
     "storage.url": (
         "s3://bucket/prefix",
-        {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+        {"trajectories"} | factors("capture lowrank gptq clip") | NEW_ACTIVATIONS,
     ),
-    "bins.high_noise": (1, each("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
-    "bins.low_noise": ([900, 800, 700, 0], each("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
-    "capture.calls_per_shard": (4, each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS),
+    "bins.high_noise": (1, factors("capture lowrank gptq clip", ("high_noise",)) | NEW_ACTIVATIONS),
+    "bins.low_noise": ([900, 800, 700, 0], factors("capture lowrank gptq clip", ("low_noise",)) | NEW_ACTIVATIONS),
+    "capture.calls_per_shard": (4, factors("capture lowrank gptq clip") | NEW_ACTIVATIONS),
     "target.program": ("comfyui_w4a8", {"report"}),
-    "format.weight": ("int4", each("lowrank gptq clip", EXPERTS) | below(PACKED)),
-    "smooth.gradient_steps": (0, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "center.means": (False, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "rotate.hadamard_sizes": ([0], each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "rotate.hadamard": ("regular", each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "lowrank.rank": (32, each("lowrank gptq clip", EXPERTS) | below(BRANCH)),
-    "gptq.scales": ("absmax", each("gptq clip", EXPERTS) | below(ROUNDED)),
-    "clip.ratios": ([0.9, 1.0], each("clip", EXPERTS) | below(CLIPPED)),
-    "experts.low_noise.lowrank": ({"rank": 8}, each("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
-    "experts.high_noise.smooth": ({"alpha": 0.5}, each("lowrank gptq clip", ("high_noise",)) | below(BRANCH)),
-    "experts.low_noise.rotate": ({"blocks": [32]}, each("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
-    "experts.high_noise.gptq": ({"dampings": [0.02]}, each("gptq clip", ("high_noise",)) | below(ROUNDED)),
-    "experts.low_noise.clip": ({"ratios": [1.0]}, each("clip", ("low_noise",)) | below(CLIPPED)),
+    "format.weight": ("int4", factors("lowrank gptq clip") | below(PACKED)),
+    "smooth.gradient_steps": (0, factors("lowrank gptq clip") | below(BRANCH)),
+    "center.means": (False, factors("lowrank gptq clip") | below(BRANCH)),
+    "rotate.hadamard_sizes": ([0], factors("lowrank gptq clip") | below(BRANCH)),
+    "rotate.hadamard": ("regular", factors("lowrank gptq clip") | below(BRANCH)),
+    "lowrank.rank": (32, factors("lowrank gptq clip") | below(BRANCH)),
+    "gptq.scales": ("absmax", factors("gptq clip") | below(ROUNDED)),
+    "clip.ratios": ([0.9, 1.0], factors("clip") | below(CLIPPED)),
+    "sensitivity.seed": (1, factors("") | below(SCHEDULED)),
+    "precision.activation_budget": (0.5, {"schedule"} | below(SCHEDULED)),
+    "experts.low_noise.lowrank": ({"rank": 8}, factors("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
+    "experts.high_noise.smooth": ({"alpha": 0.5}, factors("lowrank gptq clip", ("high_noise",)) | below(BRANCH)),
+    "experts.low_noise.rotate": ({"blocks": [32]}, factors("lowrank gptq clip", ("low_noise",)) | below(BRANCH)),
+    "experts.high_noise.gptq": ({"dampings": [0.02]}, factors("gptq clip", ("high_noise",)) | below(ROUNDED)),
+    "experts.low_noise.clip": ({"ratios": [1.0]}, factors("clip", ("low_noise",)) | below(CLIPPED)),
     "generate.prompts": (2, each("generate evaluate", SAMPLED) | {"report"}),
     "evaluate.seed": (1, each("evaluate", SAMPLED) | {"report"}),
     "report.title": ("Another title", {"report"}),
@@ -79,10 +87,12 @@ PARAMS = {
 
 FILES = {
     "data/models/tiny/transformer/config.json": ALL,
-    "data/calibration/manifest.jsonl": {"trajectories"} | each("capture lowrank gptq clip", EXPERTS) | NEW_ACTIVATIONS,
+    "data/calibration/manifest.jsonl": {"trajectories"} | factors("capture lowrank gptq clip") | NEW_ACTIVATIONS,
     "data/evaluation/manifest.jsonl": each("generate evaluate", SAMPLED) | {"report"},
-    "lib/stepquant/quantize/gptq.py": each("gptq clip", EXPERTS) | below(ROUNDED),
-    "stages/clip.py": each("clip", EXPERTS) | below(CLIPPED),
+    "lib/stepquant/quantize/gptq.py": factors("gptq clip") | below(ROUNDED),
+    "stages/clip.py": factors("clip") | below(CLIPPED),
+    "stages/schedule.py": {"schedule"} | below(SCHEDULED),
+    "lib/stepquant/calibration/step_gradients.py": factors("") | below(SCHEDULED),
     "lib/stepquant/evaluate/fidelity.py": each("evaluate", SAMPLED) | {"report"},
     "lib/stepquant/report/page.html.j2": {"report"},
     "lib/stepquant/compute/executor.py": set(),

@@ -22,6 +22,7 @@ from tests.workspace import ROOT, Workspace
 with Repo(os.fspath(ROOT)) as repo:
     STAGES: dict[str, Stage] = {stage.name: stage for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"}
 CODE = ("lib/", "stages/")
+EXPERT_STAGES = ("capture", "lowrank", "gptq", "clip", "sensitivity")
 
 
 def declared_files(stage: Stage) -> list[str]:
@@ -37,7 +38,7 @@ def declared_params(stage: Stage) -> list[str] | None:
 
 def module_and_expert(stage: str) -> tuple[str, str | None]:
     name, _, instance = stage.partition("@")
-    return name, instance if name in ("capture", "lowrank", "gptq", "clip") else None
+    return name, instance if name in EXPERT_STAGES else None
 
 
 def keys_read(section: str, expert: str | None) -> list[str]:
@@ -78,7 +79,7 @@ def test_declared_code_is_what_the_stage_runs(name):
 def alone(workspace, tmp_path_factory) -> Path:
     """Every stage run once more, each in its own folder with only its declared deps and params; the results.
 
-    All stages share one process (tests/pipeline/alone.py), which spares 31 imports of torch.
+    All stages share one process (tests/pipeline/alone.py), which spares 37 imports of torch.
     """
     return once(tmp_path_factory, "alone", lambda root: run_alone(workspace, root))
 

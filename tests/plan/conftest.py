@@ -17,6 +17,7 @@ PARAMS = {
     "capture": {"search_tokens": 40, "heldout_tokens": 1000},
     "smooth": {"candidates": [0.5, 0.6]},
     "gptq": {"refits": 1},
+    "sensitivity": {"prompts": 1},
 }
 
 
@@ -27,8 +28,8 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(_stage, "die_with_parent", lambda: None)  # pytest shall survive its parent
-        for stage in ("model", "capture", "lowrank", "gptq", "clip"):
-            run(stage, **({} if stage == "model" else {"expert": EXPERT}))
+        for stage in ("model", "capture", "lowrank", "gptq", "clip", "sensitivity", "schedule"):
+            run(stage, **({} if stage in ("model", "schedule") else {"expert": EXPERT}))
         run("pack", variant="full")
     torch.set_grad_enabled(True)
     return folder

@@ -3,10 +3,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
 from stepquant.plan import costs, counts, quantize_costs, sizes
+from stepquant.plan.printing import make_workload
 from stepquant.plan.rates import GPUS
+from stepquant.profiles import read_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 # A machine that does one operation a second and moves bytes in no time: seconds are operations.
@@ -64,6 +69,64 @@ def test_operations_of_the_factor_stages(real):
         assert getattr(quantize_costs, stage)(real, high, SLOW).seconds == pytest.approx(40 * expected)
 
 
+def test_operations_of_sensitivity(real):
+    """4 prompts, a step in each of 3 bins, 2 branches, 40 blocks. Twice forward; back without the weights and without
+    the text, with five products in each attention. Then two products of the size of each linear, and the branch."""
+    T, L, D, F = 32760, 512, 5120, 13824
+    forward = counts.forward_flops(real, real.experts[0])
+    back = 2 * T * (6 * D * D + 2 * D * F) + 5 * 2 * T * (T + L) * D
+    products = 2 * 2 * (T * (6 * D * D + 2 * D * F) + L * 2 * D * D)
+    branch = 2 * 32 * (T * (4 * D + 3 * 2 * D + 2 * (D + F)) + L * 3 * D)
+    expected = 4 * 3 * 2 * 40 * (2 * forward + back + products + branch)
+    assert quantize_costs.sensitivity(real, real.experts[0], SLOW).seconds == pytest.approx(expected)
+
+
+def test_sensitivity_keeps_the_inputs_of_all_blocks_on_the_disk(real):
+    """Of the two calls of a step; written and read in each of 12 units. The weights, 56 GB in float32, are read once
+    where they fit the host's memory, else forwards and backwards in every unit."""
+    high, instant = real.experts[0], replace(SLOW, bf16=float("inf"), fp32=float("inf"), disk=1)
+    found = quantize_costs.sensitivity(real, high, instant)
+    assert found.scratch == 2 * 40 * 32760 * 5120 * 2
+    factors = sizes.residual(real, high).bytes + sizes.lowrank(real, high).bytes
+    assert found.seconds == pytest.approx(12 * 2 * found.scratch + 4 * high.weights + factors)
+    small = quantize_costs.sensitivity(real, high, replace(instant, host_bytes=32e9))
+    assert small.seconds - found.seconds == pytest.approx(23 * 4 * high.weights + 11 * factors)
+
+
+@pytest.mark.parametrize("machine", ["rtx4090", "a100", "h100", "8xh100"])
+def test_sensitivity_costs_less_than_capture(tmp_path, monkeypatch, machine):
+    """With the parameters of the profile, on every machine of the plan."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(read_profiles()["wan2.2-i2v-a14b"])
+    run = make_workload(Path("params.yaml"))
+    for expert in run.experts:
+        measured = quantize_costs.sensitivity(run, expert, GPUS[machine])
+        assert measured.seconds < quantize_costs.capture(run, expert, GPUS[machine]).seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_graph_of_a_block_is_what_torch_keeps(real, dtype):
+    """A block of diffusers in small: every tensor that autograd saves, and what its linears read and gave."""
+    T, D, F = 240, 256, 768
+    block = WanTransformerBlock(D, F, 2, "rms_norm_across_heads", True, 1e-6, None).to(dtype).requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        if any(part in WanTransformer3DModel._keep_in_fp32_modules for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    kept = []
+    for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+        linear.register_forward_hook(lambda module, args, output: kept.extend((args[0], output)))
+    hidden = torch.randn(1, T, D, dtype=dtype, requires_grad=True)
+    rotary = WanRotaryPosEmbed(D // 2, (1, 1, 1), 1024)(torch.zeros(1, 1, 15, 4, 4))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        block(hidden, torch.zeros(1, 1, D, dtype=dtype), torch.zeros(1, 6, D), rotary)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    found = sum(size for place, size in storages.items() if place not in weights)
+    (wide, narrow), (_, inner) = counts.GRAPH_WIDTHS, counts.GRAPH_FFN
+    expected = T * (D * (4 * wide + dtype.itemsize * narrow) + F * dtype.itemsize * inner)
+    assert found == pytest.approx(expected, rel=0.1 if dtype == torch.bfloat16 else 0.2)  # float32 copies nothing
+
+
 def test_every_stage_of_dvc_repro_has_a_row(real):
     """In an order in which each follows what it depends on."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -81,9 +144,9 @@ def test_some_variants_leave_out_the_stages_of_the_others(real):
     left = {cost.stage for cost in every} - {cost.stage for cost in few}
     assert left == {
         f"{stage}@{variant}"
-        for variant in ("w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip")
+        for variant in ("w4a16", "rtn", "svdquant", "svdquant_gptq", "one_clip", "scheduled")
         for stage in ("pack", "generate", "evaluate")
-    }
+    } | {"sensitivity@high_noise", "sensitivity@low_noise", "schedule"}
 
 
 def test_the_source_is_downloaded_and_hashed(real):
@@ -128,7 +191,7 @@ def test_eight_devices_take_an_eighth_but_for_sampling_and_packing(real):
     """Capture too: 420 calls in shards of 48 are nine units."""
     one, eight = (costs.stage_costs(real, replace(SLOW, devices=devices)) for devices in (1, 8))
     for a, b in zip(one, eight):
-        shared = a.stage.startswith(("capture", "lowrank", "gptq", "clip"))
+        shared = a.stage.startswith(("capture", "lowrank", "gptq", "clip", "sensitivity"))
         assert a.seconds == pytest.approx(8 * b.seconds if shared else b.seconds)
 
 
@@ -183,7 +246,8 @@ def test_memory_does_not_grow_with_blocks(real):
         for name, described in real.manifest.experts.items()
     }
     few = replace(real, model=replace(real.model, manifest=real.manifest.model_copy(update={"experts": experts})))
-    for stage in (quantize_costs.capture, quantize_costs.lowrank, quantize_costs.gptq, quantize_costs.clip):
+    stages = ("capture", "lowrank", "gptq", "clip", "sensitivity")
+    for stage in (getattr(quantize_costs, name) for name in stages):
         many = stage(real, real.experts[0], SLOW)
         assert stage(few, few.experts[0], SLOW).device == pytest.approx(many.device, rel=0.01)
 

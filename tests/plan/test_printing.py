@@ -32,6 +32,8 @@ def test_a_profile_on_the_usual_machines(folder):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     size, calls = "28.6 GB in BF16, 8.3 GB packed", "steps per bin 5/5/5, 168 replayed calls of 32760 tokens"
+    eight_bit = "in variant scheduled int8 activations in at most 0% of a video's multiply-adds"
+    assert f"formats: int4 weights, int4 activations; {eight_bit} (precision.activation_budget)" in lines
     assert lines[0] == f"high_noise: 40 blocks, {size}; {calls}"
     for title in ("1 x 24 GB (RTX 4090)", "1 x 80 GB (H100 SXM)", "8 x 80 GB (H100 SXM)"):
         assert any(line.startswith(title) for line in lines)
@@ -108,7 +110,7 @@ def test_totals(folder):
     lines = invoke("--profile", "wan2.2-i2v-a14b", "--machine", "h100").stdout.splitlines()
     rows = {cells[1]: cells[2:] for line in lines if len(cells := [cell.strip() for cell in line.split("│")]) > 5}
     stages = [name for name in rows if name not in ("dvc repro", "bf16 and full only", "all but sampling")]
-    assert len(stages) == 1 + 1 + 2 * 4 + 6 + 7 + 7 + 1
+    assert len(stages) == 1 + 1 + 2 * 5 + 1 + 7 + 8 + 8 + 1
     out = sum(float(rows[name][3].split()[0]) for name in stages if rows[name][3].endswith(" GB"))
     assert float(rows["dvc repro"][3].split()[0]) == pytest.approx(out, abs=1.0)
     assert float(rows["bf16 and full only"][3].split()[0]) < out

@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from stepquant.errors import InvalidInput
 from stepquant.recipe.precision import Choice, MeasuredProducts, SampledStep, choices, spend, squared_errors
 
 
@@ -71,6 +72,16 @@ def test_unequal_costs_are_within_one_slot_of_the_best_subset(seed):
 
 def test_a_slot_that_gains_nothing_is_left_out():
     assert spend([Choice(("e", 0, 0, 0), -1.0, 1.0), Choice(("e", 0, 0, 1), 2.0, 1.0)], 1.0) == [("e", 0, 0, 1)]
+
+
+def test_a_bin_that_no_step_reaches_costs_and_gains_nothing():
+    assert spend([Choice(("e", 0, 0, 0), 0.0, 0.0), Choice(("e", 1, 0, 0), 2.0, 1.0)], 1.0) == [("e", 1, 0, 0)]
+
+
+def test_a_bin_without_a_measured_step_is_refused():
+    measured = MeasuredProducts(("a",), (900,), (0,), torch.ones(1, 1, 1, 1, 1, 1))
+    with pytest.raises(InvalidInput, match="nothing was measured in bin 1, which t = 300 reaches"):
+        squared_errors(measured, [SampledStep(300, 1, 0.5)], bins=2)
 
 
 def test_a_budget_that_is_a_sum_of_costs_buys_all_of_it():

@@ -28,6 +28,7 @@ def test_dvc_declares_the_factors_that_a_variant_uses(name):
         "branch": "artifacts/lowrank" if variant.low_rank else NOTHING,
         "residual": "artifacts/residual" if variant.gptq else NOTHING,
         "clip": "artifacts/clip" if variant.clip else NOTHING,
+        "schedule": "artifacts/schedule.json" if variant.scheduled else NOTHING,
     }
     assert LISTS["packed"][name] == used
 

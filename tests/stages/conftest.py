@@ -47,6 +47,7 @@ PARAMS = {
     "capture": {"search_tokens": 16, "heldout_tokens": 16, "blocks_per_shard": 1},
     "lowrank": {"rank": 8},
     "smooth": {"alpha": 0.5},
+    "sensitivity": {"prompts": 1},
     "generate": {"manifest": MANIFEST, "prompts": 1},
 }
 

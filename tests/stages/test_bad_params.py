@@ -18,6 +18,8 @@ from tests.stages.conftest import HIGH, TINY_MODEL, WEIGHTS
         ("lowrank", HIGH, "lowrank.rnk"),
         ("gptq", HIGH, "gptq.dampening"),
         ("clip", HIGH, "clip.ratio"),
+        ("sensitivity", HIGH, "sensitivity.probe"),
+        ("schedule", (), "precision.activation_budgets"),
         ("pack", ("--variant", "rtn"), "format.weights"),
         ("generate", ("--variant", "bf16"), "generate.prompt"),
         ("evaluate", ("--variant", "bf16"), "evaluate.sed"),
@@ -47,7 +49,7 @@ def test_an_expert_or_a_variant_that_is_not_there(refused):
     assert refused("capture", "--expert", "hgih_noise") == "--expert hgih_noise: this model has high_noise, low_noise"
     assert (
         refused("pack", "--variant", "fulll")
-        == "--variant fulll; allowed: w4a16, rtn, svdquant, svdquant_gptq, one_clip, full"
+        == "--variant fulll; allowed: w4a16, rtn, svdquant, svdquant_gptq, one_clip, full, scheduled"
     )
 
 

@@ -11,12 +11,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
+from stepquant.calibration.sensitivity import ERRORS
 from stepquant.calibration.statistics_files import read_statistics, site_folder, tokens_per_column
 from stepquant.checkpoint.pipeline import load_pipeline
+from stepquant.recipe.schedule_file import read_schedule
 from tests.stages.conftest import MANIFEST, PARAMS, ROOT, Folder, in_process
 
 PROMPT = "a red crab runs"
 CAPTIONS = ("a blue whale sings", "two red crabs", "rain")
+BUDGET = 0.3
 SPLITS = ("calibration", "validation", "heldout", "evaluation")
 
 
@@ -46,6 +49,7 @@ def write_params(root, experts, text_tokens):
     params["experts"] = {expert: params["experts"]["high_noise"] for expert in experts}
     params["smooth"]["gradient_steps"] = 2
     params["gptq"] |= {"refits": 1, "dampings": [0.01]}
+    params["precision"]["activation_budget"] = BUDGET
     params["evaluate"]["bootstrap_samples"] = 10
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
@@ -68,6 +72,16 @@ def check_text_statistics(root, expert):
     assert torch.allclose(statistics.mean[0], tokens.mean(0), atol=1e-5)
 
 
+def check_schedule(root, experts, image_tokens):
+    """Every slot has errors, of which eight bits leave a small part of the activations'; some have got them."""
+    schedule = read_schedule(root / "artifacts/schedule.json")
+    assert list(schedule.experts) == experts and 0 < schedule.share <= BUDGET
+    for expert in schedule.experts.values():
+        assert ("attn2.add_kv" in expert.sites) == bool(image_tokens)
+        four, eight, weights = (torch.tensor(expert.errors[kind]) for kind in ERRORS)
+        assert (four > 0).all() and (weights > 0).all() and eight.sum() < four.sum() / 20
+
+
 @pytest.mark.parametrize("name", TINY_PIPELINES)
 def test_a_published_model_goes_from_model_to_metrics(name, tmp_path, monkeypatch):
     described = TINY_PIPELINES[name]
@@ -80,26 +94,28 @@ def test_a_published_model_goes_from_model_to_metrics(name, tmp_path, monkeypatc
     folder.finish("model")
     folder.finish("trajectories")
     for expert in experts:
-        for stage in ("capture", "lowrank", "gptq", "clip"):
+        for stage in ("capture", "lowrank", "gptq", "clip", "sensitivity"):
             folder.finish(stage, "--expert", expert)
     check_text_statistics(tmp_path, experts[-1])
-    folder.finish("pack", "--variant", "full")
+    folder.finish("schedule")
+    check_schedule(tmp_path, experts, described.image_tokens)
+    folder.finish("pack", "--variant", "scheduled")
     folder.finish("generate", "--variant", "bf16")
-    folder.finish("generate", "--variant", "full")
-    folder.finish("evaluate", "--variant", "full")
+    folder.finish("generate", "--variant", "scheduled")
+    folder.finish("evaluate", "--variant", "scheduled")
     if not described.images:
         folder.finish("report")
 
     manifest = json.loads((tmp_path / "artifacts/model/manifest.json").read_text())
     assert list(manifest["experts"]) == experts
-    record = json.loads((tmp_path / "artifacts/metrics/full.json").read_text())
+    record = json.loads((tmp_path / "artifacts/metrics/scheduled.json").read_text())
     image_site = "attn2.add_kv" in record["layers"][experts[0]]["sites"]
     assert image_site == bool(described.image_tokens)
     # Every linear of every block computes in four bits, with an error of four bits and not of another model.
     assert all(error < 0.3 for layers in record["layers"].values() for error in layers["sites"].values())
     assert record["videos"]["psnr"]["mean"] > 15
     assert (record["videos"]["first_frame_psnr"] is None) == (not described.images)
-    pipe = load_pipeline(tmp_path / "artifacts/checkpoints/full", dtype=torch.float32)
+    pipe = load_pipeline(tmp_path / "artifacts/checkpoints/scheduled", dtype=torch.float32)
     assert type(pipe).__name__ == described.pipeline
     linears = {type(m).__name__ for m in pipe.transformer.blocks.modules() if hasattr(m, "in_features")}
     assert linears == {"W4A4Linear"}

@@ -52,8 +52,13 @@ def block_gradients(
 
 
 def _site_pass(site: Site, read: dict[str, Tensor], given: dict[str, Tensor], found: dict[str, Tensor]) -> LayerPass:
-    y, G = (torch.cat([part[name][0].detach() for name in site.linears], dim=1) for part in (given, found))
+    y, G = (_stacked([part[name][0].detach() for name in site.linears]) for part in (given, found))
     return LayerPass(read[site.linears[0]][0].detach(), y, G)
+
+
+def _stacked(outputs: list[Tensor]) -> Tensor:
+    """The outputs of a site's linears side by side; that of a single one is not copied."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 @contextmanager

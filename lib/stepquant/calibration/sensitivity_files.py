@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stepquant.calibration.sensitivity import PRODUCTS, TOKENS
 from stepquant.calibration.trajectories import Call, spread_over_bins
-from stepquant.errors import DamagedFile, MissingFile, UserError
+from stepquant.errors import DamagedFile, MissingFile
 from stepquant.models.bins import Bins
+from stepquant.models.prompts import check_measured
 from stepquant.params import Sensitivity
 from stepquant.storage.json_files import read_json, to_json
 
@@ -58,11 +59,7 @@ def measured_steps(calls: list[Call], bins: Bins, settings: Sensitivity) -> list
     """
     calibration = [call for call in calls if call.split == "calibration"]
     prompts = list(dict.fromkeys(call.prompt for call in calibration))
-    if len(prompts) < settings.prompts:
-        raise UserError(
-            f"sensitivity.prompts: {settings.prompts}, but {len(prompts)} calibration prompts were recorded; allowed: "
-            f"1 to {len(prompts)}"
-        )
+    check_measured(settings, len(prompts))
     kept = [call for call in calibration if call.prompt in prompts[: settings.prompts]]
     steps: dict[tuple[str, int], list[Call]] = {}
     for call in spread_over_bins(kept, bins, settings.steps_per_bin):

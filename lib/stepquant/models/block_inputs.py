@@ -85,7 +85,7 @@ def _compressed(value: Any) -> Any:
     starts = changes.nonzero().squeeze(1)
     if 2 * len(starts) > value.shape[1]:
         return value
-    counts = torch.diff(starts, append=starts.new_tensor([value.shape[1]]))
+    counts = torch.diff(starts, append=torch.full_like(starts[:1], value.shape[1]))
     return _Runs(value[:, starts], counts, value.shape[1])
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from stepquant.errors import InvalidInput, MissingFile, UserError
 from stepquant.models.families.description import PromptImages
 from stepquant.models.pictures import read_picture
-from stepquant.params import Generate, Trajectories
+from stepquant.params import Generate, Sensitivity, Trajectories
 
 _ID = re.compile(r"[A-Za-z0-9_]+")
 _TYPES = {"id": str, "split": str, "prompt": str, "negative_prompt": str, "seed": int}
@@ -150,6 +150,23 @@ def recorded_prompts(settings: Trajectories) -> list[Prompt]:
         "heldout": settings.heldout_prompts,
     }
     return [prompt for split, count in counts.items() for prompt in take(rows, split, count, settings.manifest)]
+
+
+def check_measured(settings: Sensitivity, recorded: int) -> None:
+    """Refuse to measure the sensitivity on more prompts than are recorded.
+
+    Args:
+        settings: how many are measured.
+        recorded: number of calibration prompts.
+
+    Raises:
+        InvalidInput: names the parameter.
+    """
+    if settings.prompts > recorded:
+        raise InvalidInput(
+            f"sensitivity.prompts: {settings.prompts}, but {recorded} calibration prompts are recorded; allowed: 1 to "
+            f"{recorded}"
+        )
 
 
 def evaluation_prompts(settings: Generate) -> list[Prompt]:

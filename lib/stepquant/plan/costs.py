@@ -5,8 +5,8 @@ Sampling, packing and evaluating use one device, however many there are.
 
 from stepquant.plan import sizes
 from stepquant.plan.cost import Cost
-from stepquant.plan.quantize_costs import capture, clip, gptq, lowrank
-from stepquant.plan.rates import CONTEXT_BYTES, PROCESS_BYTES, STAGING_BYTES, Machine
+from stepquant.plan.quantize_costs import capture, clip, gptq, lowrank, sensitivity
+from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, STAGING_BYTES, Machine
 from stepquant.plan.sampling_costs import generate, trajectories
 from stepquant.plan.workload import Workload, heldout_rows
 from stepquant.recipe.variants import ORDER, REFERENCE, VARIANTS
@@ -16,6 +16,7 @@ FEW = (REFERENCE, "full")
 # Pixels per second, measured at 480 x 832 on one thread of an AMD EPYC: all metrics of a video against BF16's (nearly
 # all of it is SSIM), and those of a video alone.
 PAIR_PIXELS, ALONE_PIXELS = 0.94e6, 27e6
+SCHEDULER_SECONDS = 1.5e-3  # per step of UniPC on a number, measured as above
 SHOWN = 6  # videos of each variant in the report
 SHOWN_SECONDS = 0.06  # per frame, to reduce it and to encode it as GIF; measured as above
 
@@ -23,8 +24,10 @@ SHOWN_SECONDS = 0.06  # per frame, to reduce it and to encode it as GIF; measure
 def stage_costs(run: Workload, machine: Machine, variants: tuple[str, ...] = ORDER) -> list[Cost]:
     """Every stage, with the last ones of some variants only."""
     costs = [model(run, machine), trajectories(run, machine)]
-    for stage in (capture, lowrank, gptq, clip):
+    scheduled = any(VARIANTS[variant].scheduled for variant in variants if variant != REFERENCE)
+    for stage in (capture, lowrank, gptq, clip, *[sensitivity] * scheduled):
         costs += [stage(run, expert, machine) for expert in run.experts]
+    costs += [schedule(run)] * scheduled
     costs += [pack(run, machine, variant) for variant in variants if variant != REFERENCE]
     costs += [generate(run, machine, variant) for variant in variants]
     costs += [evaluate(run, machine, variant) for variant in variants]
@@ -36,6 +39,14 @@ def model(run: Workload, machine: Machine) -> Cost:
     size, download = run.model.stored_bytes, run.model.download
     seconds = size / machine.hash + (size / machine.network if download else 0)
     return Cost("model", seconds, PROCESS_BYTES, 0, size if download else 0)
+
+
+def schedule(run: Workload) -> Cost:
+    """The sampler's steps for an output of one in each of them, and the products of every expert in memory, twice."""
+    steps = run.parameter("sampling").steps
+    products = sum(sizes.sensitivity(run, expert).bytes for expert in run.experts)
+    host = PROCESS_BYTES + DIFFUSERS_BYTES + 3 * products
+    return Cost("schedule", steps * (steps + 2) * SCHEDULER_SECONDS, host, 0, sizes.schedule(run).bytes)
 
 
 def pack(run: Workload, machine: Machine, variant: str) -> Cost:

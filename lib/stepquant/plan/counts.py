@@ -13,6 +13,10 @@ FORWARD_WIDTHS, FORWARD_FFN = (3, 7), (0, 2)
 # The quantized linear works on a slab of tokens at a time (runtime/linear.py), with this many float32 tensors of it:
 # the centered input, its smoothed and rotated forms, its quotient by the scales, the rounded and the scaled values.
 SLAB_TENSORS = 6
+# Tensors per token that a block's graph keeps for its gradients, counted as those of the forward, and an attention's
+# products: scores and output; going back the scores again and the gradients of scores, queries, keys and values.
+GRAPH_WIDTHS, GRAPH_FFN = (6, 15), (0, 2)
+ATTENTION, ATTENTION_BACK = 2, 5
 MODULATION = 6  # vectors of the width by which a timestep modulates a block, in float32
 HEAD = 128  # channels of an attention head of every Wan model
 
@@ -20,8 +24,19 @@ HEAD = 128  # channels of an attention head of every Wan model
 def forward_flops(run: Workload, expert: ExpertRun) -> float:
     """One block's forward of one call: the linears, self-attention, cross-attention."""
     linears = sum(2 * site.weights * site.tokens for site in expert.sites)
+    return linears + ATTENTION * attention_product(run, expert)
+
+
+def backward_flops(run: Workload, expert: ExpertRun) -> float:
+    """The gradients of one block's call by its hidden states: not by weights, and not by the text."""
+    linears = sum(2 * site.weights * site.tokens for site in expert.sites if site.per_bin)
+    return linears + ATTENTION_BACK * attention_product(run, expert)
+
+
+def attention_product(run: Workload, expert: ExpertRun) -> float:
+    """One product of queries and keys, in the self-attention and the cross-attention of a block."""
     context: int = run.parameter("sampling").max_sequence_length + run.model.image_tokens
-    return linears + 4 * run.tokens * (run.tokens + context) * expert.width
+    return 2 * run.tokens * (run.tokens + context) * expert.width
 
 
 def forward_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
@@ -31,6 +46,20 @@ def forward_bytes(run: Workload, expert: ExpertRun, calls: int) -> float:
     if run.model.token_timesteps:  # modulation per token: as it was projected, in float32, and with the block's table
         widths += MODULATION * expert.width * (run.itemsize + 2 * 4)
     return calls * run.tokens * (widths + ffn * (4 * FORWARD_FFN[0] + run.itemsize * FORWARD_FFN[1]))
+
+
+def gradient_bytes(run: Workload, expert: ExpertRun) -> float:
+    """What stage sensitivity holds of one block's call besides its weights.
+
+    The graph, the gradients by the outputs of all linears, and outputs and gradients of the widest site once more,
+    stacked.
+    """
+    ffn = max(site.K for site in expert.sites)
+    widths = expert.width * (4 * GRAPH_WIDTHS[0] + run.itemsize * GRAPH_WIDTHS[1])
+    inner = ffn * (4 * GRAPH_FFN[0] + run.itemsize * GRAPH_FFN[1])
+    stacked = 2 * max((site.N for site in expert.sites if len(site.linears) > 1), default=0)
+    gradients = run.itemsize * (sum(site.N for site in expert.sites if site.per_bin) + stacked)
+    return run.tokens * (widths + inner + gradients)
 
 
 def linear_bytes(run: Workload, expert: ExpertRun) -> float:

@@ -22,6 +22,7 @@ from stepquant.plan.table import (
     model_lines,
     only_lines,
     plan_table,
+    precision_line,
     prompt_line,
     prompt_warnings,
     warnings,
@@ -82,7 +83,7 @@ def _print(params: Path, names: list[str]) -> None:
     run, console = make_workload(params), Console(highlight=False, soft_wrap=True, width=100)
     if run.model.download:  # the model is not here to be looked at
         check_known(run.manifest, run.model.scheduler, run.parameter("sampling"), run.parameter("bins").by_expert)
-    for line in (*model_lines(run), prompt_line(run)):
+    for line in (*model_lines(run), precision_line(run), prompt_line(run)):
         console.print(line)
     for line in (*prompt_warnings(run), *calibration_warnings(run)):
         console.print(f"warning: {line}")

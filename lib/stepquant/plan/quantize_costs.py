@@ -12,15 +12,25 @@ from stepquant.calibration.observer import SLAB
 from stepquant.plan import sizes
 from stepquant.plan.cost import Cost
 from stepquant.plan.counts import (
+    backward_flops,
     block_input_bytes,
     fit_flops,
     forward_bytes,
     forward_flops,
+    gradient_bytes,
     hessian_flops,
     sketch_flops,
 )
 from stepquant.plan.rates import CONTEXT_BYTES, DIFFUSERS_BYTES, PROCESS_BYTES, STAGING_BYTES, Machine
-from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, search_rows, validation_rows
+from stepquant.plan.workload import (
+    ExpertRun,
+    SiteShape,
+    Workload,
+    block_ranges,
+    measured_steps,
+    search_rows,
+    validation_rows,
+)
 from stepquant.quantize.damping import VALIDATION_ROWS
 from stepquant.quantize.gptq import PANEL as TRIANGLE
 
@@ -124,6 +134,32 @@ def clip(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
     return _factors(run, expert, machine, "clip", seconds, _worst(expert, CLIP, rows), out)
 
 
+def sensitivity(run: Workload, expert: ExpertRun, machine: Machine) -> Cost:
+    """Per measured call and block: two forwards, and per probe the way back and what its gradients are multiplied with.
+
+    The products have the size of the linears: the gradient with the quantized weight, the input with it, and those of
+    the low-rank branch in float32. Rounding the input to two formats is about the elementwise work of a pass of GPTQ on
+    as many weights.
+    """
+    settings, rank = run.parameter("sensitivity"), run.parameter("lowrank", expert.name).rank
+    units, branches = measured_steps(run, expert), expert.branches
+    inputs = sum(site.tokens * site.K for site in expert.sites)
+    products = sum(2 * 2 * site.tokens * site.weights for site in expert.sites)
+    branch = sum(2 * site.tokens * rank * (site.K + site.N) for site in expert.sites)
+    probe = (backward_flops(run, expert) + products) / machine.bf16 + branch / machine.fp32
+    call = 2 * forward_flops(run, expert) / machine.bf16 + settings.probes * (probe + inputs * machine.per_weight)
+    workers = min(machine.devices, units)
+    kept = branches * expert.blocks * sizes.hidden_state(run, expert)  # inputs of all blocks, for the way back
+    return _cost(
+        f"sensitivity@{expert.name}",
+        units * branches * expert.blocks * call / workers + _sensitivity_disk(run, expert, machine, units * kept),
+        _sensitivity_device(run, expert),
+        machine,
+        sizes.sensitivity(run, expert).bytes,
+        workers * kept,
+    )
+
+
 def on_disk(run: Workload, size: float) -> float:
     """Bytes of trajectories or statistics on this machine's disk: none if they are in an object store."""
     return size if run.parameter("storage").url is None else 0
@@ -146,6 +182,34 @@ def _capture_device(run: Workload, expert: ExpertRun, machine: Machine, calls: i
     copies = 0 if machine.device_bytes is None else COPIES * chunk * sizes.hidden_state(run, expert)
     inputs = block_input_bytes(run, expert, calls)
     return block + statistics + DIFFUSERS_BYTES + forward_bytes(run, expert, chunk) + inputs + copies
+
+
+def _sensitivity_disk(run: Workload, expert: ExpertRun, machine: Machine, moved: float) -> float:
+    """Seconds for the inputs of blocks, which are written and read once, and for the weights.
+
+    Each unit reads the weights forwards and backwards, and the factors. If the expert fits the host's memory, all but
+    the first reading find it there.
+    """
+    weights: float = expert.weights * run.model.stored_itemsize(expert.name)
+    factors = sizes.residual(run, expert).bytes + sizes.lowrank(run, expert).bytes
+    fits = weights + factors + PROCESS_BYTES + STAGING_BYTES < machine.host_bytes
+    read = weights + factors if fits else measured_steps(run, expert) * (2 * weights + factors)
+    return (2 * moved + read) / machine.disk
+
+
+def _sensitivity_device(run: Workload, expert: ExpertRun) -> float:
+    """Bytes that sensitivity holds where it computes: a block with the graph of one call, and its quantized layers.
+
+    Of one site the weight is dequantized, in float32 and in the dtype of the block. Beside them are the inputs and
+    gradients of every branch.
+    """
+    block: float = expert.weights / expert.blocks * run.itemsize + expert.rest_bytes(run.itemsize)
+    layers = (sizes.residual(run, expert).bytes + sizes.lowrank(run, expert).bytes) / expert.blocks
+    weight = (4 + run.itemsize) * max(site.weights for site in expert.sites)
+    hidden: float = (2 + run.parameter("sensitivity").probes) * expert.branches * sizes.hidden_state(run, expert)
+    inputs = block_input_bytes(run, expert, expert.branches)
+    graph = gradient_bytes(run, expert)
+    return block + layers + weight + DIFFUSERS_BYTES + graph + inputs + hidden
 
 
 def _worst(expert: ExpertRun, copies: tuple[int, int, int, int], rows: Callable[[SiteShape], float]) -> float:

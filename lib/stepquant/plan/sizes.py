@@ -6,20 +6,26 @@ model, metrics and report, which are small.
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
 from typing import Any
 
+import torch
+
 from stepquant.calibration import recorder
+from stepquant.calibration.sensitivity import ERRORS, GROUPS
 from stepquant.formats import get_format
-from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, rows_kept
+from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, measured_steps, rows_kept
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
 from stepquant.recipe.variants import VARIANTS
 from stepquant.runtime.layout import QuantizationSettings, linear_layout
+from stepquant.storage.json_files import to_json
 from stepquant.storage.safetensors_stream import NAMES
 
 # Bytes of the zarr.json of an array and of a group of ours, as zarr 3.1.6 writes them.
 ARRAY_METADATA, GROUP_METADATA = 540, 290
 ERROR = 0.04644073173403740  # a float of typical length in a record
+SQUARED_ERROR = 0.0001050127665084761  # and in a precision schedule
 DIGEST = 64
 
 
@@ -40,8 +46,9 @@ def artifact_sizes(run: Workload) -> dict[str, Size]:
             f"lowrank/{expert.name}": lowrank(run, expert),
             f"residual/{expert.name}": residual(run, expert),
             f"clip/{expert.name}": clip(run, expert),
+            f"sensitivity/{expert.name}": sensitivity(run, expert),
         }
-    return sizes | {"checkpoints/full": checkpoint(run)}
+    return sizes | {"schedule.json": schedule(run), "checkpoints/full": checkpoint(run)}
 
 
 def trajectories(run: Workload, sampled: bool = True) -> Size:
@@ -168,6 +175,40 @@ def clip(run: Workload, expert: ExpertRun) -> Size:
         }
 
     return _blocks(expert, lambda site: ClipTable.shapes(count(site)), record)
+
+
+def sensitivity(run: Workload, expert: ExpertRun) -> Size:
+    """Per measured step: products and numbers of tokens (calibration/sensitivity.py), and the manifest."""
+    steps, settings = measured_steps(run, expert), run.parameter("sensitivity")
+    shape = (settings.probes, len(ERRORS), expert.blocks, len(expert.sites), GROUPS)
+    tokens = to_json({site.name: site.tokens for site in expert.sites})
+    listed = {"name": "calibration_00-0000", "prompt": "calibration_00", "t": 857.0, "bin": 0, "branches": 2}
+    manifest = to_json({"bin_edges": [900.0] * (len(expert.steps) + 1), "steps": [listed] * steps})
+    each = safetensors_bytes({"products": (shape, torch.float32)}) + len(tokens)
+    return Size(steps * each + len(manifest), 2 * steps + 1)
+
+
+def schedule(run: Workload) -> Size:
+    """The errors of all slots as text, and those that take 8 bits: of all slots the share that the budget is."""
+    budget = run.parameter("precision").activation_budget
+
+    def record(expert: ExpertRun) -> dict[str, Any]:
+        bins, sites = len(expert.steps), [site.name for site in expert.sites]
+        slots = list(product(range(expert.blocks), sites, range(bins)))
+        eight_bit: dict[int, dict[str, list[int]]] = {}
+        for block, site, b in slots[: round(budget * len(slots))]:
+            eight_bit.setdefault(block, {}).setdefault(site, []).append(b)
+        return {
+            "bin_edges": [900.0] * (bins + 1),
+            "sites": sites,
+            "eight_bit": eight_bit,
+            "errors": dict.fromkeys(ERRORS, [[[SQUARED_ERROR] * len(sites)] * expert.blocks] * bins),
+            "cost": [[float(2 * site.weights * site.tokens) for site in expert.sites]] * bins,
+        }
+
+    experts = {expert.name: record(expert) for expert in run.experts}
+    named = {"eight_bit_format": "int8", "budget": budget, "share": ERROR, "experts": experts}
+    return Size(len(to_json(named)), 1)
 
 
 def videos(run: Workload) -> Size:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from stepquant.advice import LESS_MEMORY
+from stepquant.formats import eight_bit_partner, get_format
 from stepquant.plan import sizes
 from stepquant.plan.cost import Cost
 from stepquant.plan.costs import FEW, stage_costs
@@ -146,6 +147,16 @@ def model_lines(run: Workload) -> Iterator[str]:
     yield (
         f"resident at inference, with {_size(others)} of other components: "
         f"{_size(after + others)} packed, {_size(before + others)} in BF16; the experts alone {after / before:.0%}"
+    )
+
+
+def precision_line(run: Workload) -> str:
+    """Formats of weights and activations, and the budget of 8-bit activations."""
+    formats, budget = run.parameter("format"), run.parameter("precision").activation_budget
+    wide = eight_bit_partner(get_format(formats.activation)).name
+    return (
+        f"formats: {formats.weight} weights, {formats.activation} activations; in variant scheduled {wide} activations "
+        f"in at most {budget:.0%} of a video's multiply-adds (precision.activation_budget)"
     )
 
 

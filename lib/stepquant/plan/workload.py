@@ -13,7 +13,7 @@ from stepquant.models.captions import read_captions
 from stepquant.models.checks.reach import steps_of
 from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.manifest import DenoiserInputs, ExpertManifest, ModelManifest, SiteManifest
-from stepquant.params import Capture, Trajectories
+from stepquant.params import Capture, Sensitivity, Trajectories
 from stepquant.plan.source_model import SourceModel
 
 # Prompts per split if the parameters take all and the manifest of prompts is not there to be counted.
@@ -280,6 +280,13 @@ def summed_tokens(run: Workload, expert: ExpertRun, site: SiteShape) -> float:
         return expert.texts("calibration", site) * site.tokens
     settings: Capture = run.parameter("capture")
     return expert.calls("calibration") * site.tokens / settings.hessian_stride
+
+
+def measured_steps(run: Workload, expert: ExpertRun) -> int:
+    """Recorded steps that stage sensitivity measures: its units of work."""
+    settings: Sensitivity = run.parameter("sensitivity")
+    per_bin = settings.steps_per_bin
+    return settings.prompts * sum(steps if per_bin is None else min(steps, per_bin) for steps in expert.steps)
 
 
 def chunks(run: Workload, expert: ExpertRun) -> int:

@@ -51,9 +51,10 @@ def error_products(
         wide: The 8-bit format of activations, which has no clip.
 
     Returns:
-        float32 [3, T]: of activations in 4 bits, of activations in 8 bits, and of the weights.
+        float32 [3, T]: of activations in 4 bits, of activations in 8 bits, and of the weights. The products with the
+        weight are in the dtype of the input, as those of the block were.
     """
-    weight = dequantized_weight(layer)
+    weight = dequantized_weight(layer).to(done.x.dtype)
     slabs = zip(*(part.split(TOKENS_PER_SLAB) for part in (done.x, done.y, done.G)))
     found = [_products(LayerPass(*slab), weight, layer, clip, exponent_offset, wide) for slab in slabs]
     return torch.cat(found, dim=1)
@@ -68,10 +69,10 @@ def _products(
     wide: Format,
 ) -> Tensor:
     z, G = layer.transform.apply(done.x), done.G.float()
-    back = G @ weight
+    back = (done.G.to(weight.dtype) @ weight).float()
     narrow = fake_quantize_input(z, layer.scheme, clip, exponent_offset)
     rounded = wide.fake_quantize(z, rounding=layer.scheme.activation_rounding)
-    unrounded = z @ weight.T + low_rank_path(done.x, layer)
+    unrounded = (z.to(weight.dtype) @ weight.T).float() + low_rank_path(done.x, layer)
     return torch.stack(
         [
             (back * (narrow - z)).sum(1),

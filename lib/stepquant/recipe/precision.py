@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepquant.errors import InvalidInput
+
 NARROW, WIDE, WEIGHTS = range(3)  # the errors of calibration/sensitivity.py: activations, in 8 bits, weights
 
 Slot = tuple[str, int, int, int]  # expert, bin, block, site
@@ -61,6 +63,9 @@ def squared_errors(measured: MeasuredProducts, sampled: Sequence[SampledStep], b
 
     Returns:
         float64 [errors, bins, blocks, sites], the mean over prompts and probes.
+
+    Raises:
+        InvalidInput: a step lies in a bin in which nothing was measured.
     """
     _, _, errors, blocks, sites, _ = measured.products.shape
     prompts = list(dict.fromkeys(measured.prompts))
@@ -69,6 +74,8 @@ def squared_errors(measured: MeasuredProducts, sampled: Sequence[SampledStep], b
         changes = torch.zeros(bins, *measured.products.shape[1:], dtype=torch.float64)
         for step in sampled:
             own = [n for n, of in enumerate(measured.prompts) if of == prompt and measured.bins[n] == step.bin]
+            if not own:
+                raise InvalidInput(f"sensitivity: nothing was measured in bin {step.bin}, which t = {step.t:g} reaches")
             nearest = min(own, key=lambda n: abs(measured.t[n] - step.t))
             changes[step.bin] += step.response * measured.products[nearest].double()
         found += changes.square().sum(-1).mean(1).transpose(0, 1)
@@ -105,9 +112,10 @@ def spend(choices: Sequence[Choice], budget: float) -> list[Slot]:
     """
     left = budget * sum(choice.cost for choice in choices)
     taken = []
-    for choice in sorted(choices, key=lambda choice: (-choice.gain / choice.cost, choice.slot)):
+    gaining = (choice for choice in choices if choice.gain > 0)  # no step may reach a bin, which then costs nothing
+    for choice in sorted(gaining, key=lambda choice: (-choice.gain / choice.cost, choice.slot)):
         # A budget that is just a sum of costs must not lose its last slot to the rounding of that sum.
-        if choice.gain > 0 and choice.cost <= left * (1 + 1e-9):
+        if choice.cost <= left * (1 + 1e-9):
             taken.append(choice.slot)
             left -= choice.cost
     return sorted(taken)
