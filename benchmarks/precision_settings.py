@@ -1,12 +1,12 @@
-"""Predicted against measured: the video error of 36 settings of 8-bit activations.
+"""Predicted against measured: the video error of 37 settings of 8-bit activations.
 
     python benchmarks/precision_settings.py
 
 Runs the pipeline up to the packed variant `full` and the schedule in a copy of this checkout. Each setting gives some
 slots 8-bit activations: an expert, a bin, a site, blocks, or several of these. The prediction is what stage sensitivity
 measured, added up over the slots. The measurement samples videos with the packed checkpoint, on evaluation prompts that
-no other table uses (30 to 39). Prints both as multiples of 4-bit activations alone, and their rank correlation
-(Spearman).
+precision_budget.py does not use (30 to 39). Prints both as multiples of 4-bit activations alone, and their rank
+correlation (Spearman).
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/precision_steps.py
 
 Runs the pipeline up to the packed variant `full` and the sensitivity in a copy of this checkout (10 steps). Makes the
-schedule for 10 steps and for each other number of steps, from the same sensitivity, and samples videos with both and
-with 4-bit activations alone, on evaluation prompts that no other table uses (30 to 37). Prints the mean squared error
-against BF16 with as many steps, as a multiple of that of 4-bit activations alone.
+schedule for 10 steps and for each other number of steps, from the same sensitivity. Samples videos with both and with
+4-bit activations alone, on evaluation prompts that precision_budget.py does not use (30 to 37). Prints the mean squared
+error against BF16 with as many steps, as a multiple of that of 4-bit activations alone.
 """
 
 import argparse

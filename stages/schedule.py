@@ -30,8 +30,7 @@ def schedule(params: ParamsFile = Path("params.yaml")) -> None:
         if stage["format"].eight_bit_activations:
             print(f"schedule: {found.eight_bit_format} activations have 8 bits in every bin: nothing to schedule")
             return
-        left = found.predicted_error(eight_bit=True) / found.predicted_error(eight_bit=False)
-        print(f"schedule: {found.share:.1%} of the multiply-adds with 8-bit activations, error predicted {left:.2f} x")
+        print(f"schedule: {found.share:.1%} of the multiply-adds with {found.eight_bit_format} activations")
 
 
 if __name__ == "__main__":
