@@ -92,9 +92,9 @@ def size(count: int) -> str:
 
 
 def format_pair(record: Record) -> str:
-    """Formats of weights and activations, such as `nvfp4/nvfp4`, `int4/int4+int8` or `int4/bf16`."""
+    """Formats of weights and activations, such as `nvfp4/nvfp4`, `int4/int4 + int8` or `int4/bf16`."""
     weight, activation = (record.format.weight, record.format.activation) if record.format else (None, None)
-    return f"{weight or 'bf16'}/{activation or 'bf16'}"
+    return f"{weight or 'bf16'}/{activation or 'bf16'}".replace("+", " + ")  # a terminal can break it there
 
 
 def _columns(records: Sequence[Record]) -> list[_Column]:
