@@ -17,9 +17,8 @@ demo: $(VENV)/installed
 	dvc repro
 	stepquant show
 
-# Three processes on two cores: tests of Ray, of kills and of shared fixtures spend a fifth of their time waiting.
 test: $(VENV)/installed $(VENV)/peers/installed $(VENV)/ray/installed $(VENV)/peft/installed
-	python -m pytest -n 3 --dist worksteal
+	python -m pytest -n 2 --dist worksteal
 
 reproduce: demo
 	python ci/reproduce.py
