@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import stepquant
 from benchmarks.batch_sampling import Prepared, decoded
 from benchmarks.checkout import temporary_checkout
 from stepquant.models.manifest import ModelManifest, read_manifest
-from stepquant.models.prompts import evaluation_prompts
+from stepquant.models.prompts import Prompt, evaluation_prompts
 from stepquant.models.sampling import ready_to_sample
 from stepquant.params import Sampling, section
 from stepquant.recipe.schedule_file import Schedule, read_schedule
@@ -130,13 +130,18 @@ def share(schedule: Schedule, slots: Slots) -> float:
     return held / total
 
 
+def unused_prompts(root: Path) -> list[Prompt]:
+    """The evaluation prompts of a checkout that precision_budget.py does not use."""
+    every = {"prompts": None, "manifest": str(root / EVALUATION)}
+    return evaluation_prompts(section(root / "params.yaml", "generate").model_copy(update=every))[PROMPTS]
+
+
 def compare(root: Path, scratch: Path) -> None:
     """Print the table of a finished run."""
     schedule = read_schedule(root / "artifacts/schedule.json")
     manifest = read_manifest(root / "artifacts/model/manifest.json")
     sampling = section(root / "params.yaml", "sampling")
-    every = {"prompts": None, "manifest": str(root / EVALUATION)}
-    prompts = evaluation_prompts(section(root / "params.yaml", "generate").model_copy(update=every))[PROMPTS]
+    prompts = unused_prompts(root)
     source = pipeline(root / manifest.source, sampling)
     prepared = Prepared.of(source, sampling, prompts)
     print(f"latents of the batch and of single calls differ by {prepared.differs(source):.1g}\n")
@@ -154,8 +159,12 @@ def compare(root: Path, scratch: Path) -> None:
     print(f"\n{len(rows)} settings, {len(prompts)} prompts: rank correlation {torch.corrcoef(both)[0, 1]:.3f}")
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
+def on_finished_run(compare: Callable[[Path, Path], None], description: str) -> None:
+    """Call `compare` with a copy of this checkout that has run up to packed variant and schedule, and a scratch folder.
+
+    The program takes no argument but --help, which prints the description.
+    """
+    argparse.ArgumentParser(description=description.split("\n\n")[0]).parse_args()
     torch.set_num_threads(1)
     with temporary_checkout() as checkout, tempfile.TemporaryDirectory() as scratch:
         checkout.repro("schedule", "pack@full")
@@ -163,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    on_finished_run(compare, __doc__)

@@ -8,28 +8,22 @@ schedule for 10 steps and for each other number of steps, from the same sensitiv
 error against BF16 with as many steps, as a multiple of that of 4-bit activations alone.
 """
 
-import argparse
 import sys
-import tempfile
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.batch_sampling import Prepared, decoded
-from benchmarks.checkout import temporary_checkout
-from benchmarks.precision_settings import EVALUATION, PACKED, Slots, pipeline, share, with_slots
+from benchmarks.precision_settings import PACKED, Slots, on_finished_run, pipeline, share, unused_prompts, with_slots
 from stepquant.calibration.schedule import make_schedule
 from stepquant.calibration.sensitivity_files import read_products
 from stepquant.models.configs import SCHEDULER, read_config
 from stepquant.models.manifest import read_manifest
-from stepquant.models.prompts import evaluation_prompts
 from stepquant.params import section
 from stepquant.recipe.schedule_file import Schedule
 
 STEPS = (4, 10, 20)
-PROMPTS = slice(30, 38)
+PROMPTS = 8  # of those that precision_budget.py does not use
 
 
 def compare(root: Path, scratch: Path) -> None:
@@ -38,8 +32,7 @@ def compare(root: Path, scratch: Path) -> None:
     made_for = section(params, "sampling")
     products = {name: read_products(root / "artifacts/sensitivity" / name) for name in manifest.experts}
     scheduler = read_config(root / manifest.source / SCHEDULER)
-    every = {"prompts": None, "manifest": str(root / EVALUATION)}
-    prompts = evaluation_prompts(section(params, "generate").model_copy(update=every))[PROMPTS]
+    prompts = unused_prompts(root)[:PROMPTS]
 
     def schedule(steps: int) -> Schedule:
         sampling = made_for.model_copy(update={"steps": steps})
@@ -69,13 +62,5 @@ def _slots(schedule: Schedule) -> Slots:
     return {name: expert.eight_bit for name, expert in schedule.experts.items()}
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
-    torch.set_num_threads(1)
-    with temporary_checkout() as checkout, tempfile.TemporaryDirectory() as scratch:
-        checkout.repro("schedule", "pack@full")
-        compare(checkout.root, Path(scratch))
-
-
 if __name__ == "__main__":
-    main()
+    on_finished_run(compare, __doc__)

@@ -5,7 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from stepquant.calibration.sensitivity import ERRORS, PRODUCTS
+from stepquant.calibration.sensitivity import PRODUCTS
 from stepquant.calibration.step_gradients import Probes
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.checkpoint.linears import read_linear, read_settings
@@ -13,6 +13,7 @@ from stepquant.models.bins import Bins
 from stepquant.models.manifest import read_manifest
 from stepquant.models.weights import open_weights
 from stepquant.params import section
+from stepquant.recipe.precision import ERRORS
 from stepquant.storage.json_files import read_json
 from tests.workspace import TINY_MODEL
 

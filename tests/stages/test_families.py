@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.tiny_pipelines import TINY_PIPELINES, save_pipeline
-from stepquant.calibration.sensitivity import ERRORS
 from stepquant.calibration.statistics_files import read_statistics, site_folder, tokens_per_column
 from stepquant.checkpoint.pipeline import load_pipeline
+from stepquant.recipe.precision import ERRORS
 from stepquant.recipe.schedule_file import read_schedule
 from tests.stages.conftest import MANIFEST, PARAMS, ROOT, Folder, in_process
 

@@ -21,13 +21,13 @@ def test_without_guidance_and_in_bfloat16(folder):
     for stage in ("lowrank", "gptq", "clip", "sensitivity"):
         folder.finish(stage, *HIGH)
     exact = read_products(ARTIFACT)
-    assert (exact.branches, exact.prompts, exact.bin_edges) == (1, ("calibration_00",), (1000.0, 900.0))
-    assert exact.products.shape == (1, 1, 3, 2, 7, 64)
+    assert (exact.branches, tuple(exact.measured.prompts), exact.bin_edges) == (1, ("calibration_00",), (1000.0, 900.0))
+    assert exact.measured.products.shape == (1, 1, 3, 2, 7, 64)
     folder.set("compute.dtype", "bfloat16")
     folder.finish("sensitivity", *HIGH)
     coarse = read_products(ARTIFACT)
-    assert not torch.equal(coarse.products, exact.products)
-    squares = [found.products[0, 0, 0].square().sum() for found in (exact, coarse)]
+    assert not torch.equal(coarse.measured.products, exact.measured.products)
+    squares = [found.measured.products[0, 0, 0].square().sum() for found in (exact, coarse)]
     assert torch.allclose(*squares, rtol=0.1)
 
 

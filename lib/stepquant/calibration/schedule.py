@@ -6,16 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.calibration.sensitivity import ERRORS
 from stepquant.calibration.sensitivity_files import ExpertProducts
 from stepquant.formats import eight_bit_partner, get_format
-from stepquant.models.bins import Bins
 from stepquant.models.checks.reach import steps_of
 from stepquant.models.checks.scheduler import sampler_timesteps
 from stepquant.models.manifest import ExpertManifest, ModelManifest
 from stepquant.models.sampler_response import sampler_response
 from stepquant.params import Format, Precision, Sampling
-from stepquant.recipe.precision import MeasuredProducts, SampledStep, Slot, choices, spend, squared_errors
+from stepquant.recipe.precision import ERRORS, SampledStep, Slot, choices, spend, squared_errors
 from stepquant.recipe.schedule_file import ExpertSchedule, Schedule
 
 
@@ -41,9 +39,7 @@ def make_schedule(
         UserError: the scheduler is not linear, or no step was measured in a bin that it reaches.
     """
     taken = sampled_steps(manifest, scheduler, sampling, products)
-    errors = {
-        name: squared_errors(_measured(found), taken[name], _bins(found).count) for name, found in products.items()
-    }
+    errors = {name: squared_errors(found.measured, taken[name], found.bins.count) for name, found in products.items()}
     costs = {name: slot_costs(manifest.expert(name), found, taken[name]) for name, found in products.items()}
     slots = [choice for name in products for choice in choices(name, errors[name], costs[name])]
     chosen = set(spend(slots, precision.activation_budget))
@@ -73,8 +69,7 @@ def sampled_steps(
     found = {}
     for name, measured in products.items():
         own = set(steps_of(t, manifest.expert(name).t_range, highest))
-        bins = _bins(measured)
-        found[name] = [SampledStep(at, bins.index(at), by) for at, by in zip(t, final) if at in own]
+        found[name] = [SampledStep(at, measured.bins.index(at), by) for at, by in zip(t, final) if at in own]
     return found
 
 
@@ -85,7 +80,7 @@ def slot_costs(expert: ExpertManifest, measured: ExpertProducts, sampled: Sequen
         dtype=torch.float64,
     )
     bins = [step.bin for step in sampled]
-    calls = torch.tensor([bins.count(b) * measured.branches for b in range(_bins(measured).count)], dtype=torch.float64)
+    calls = torch.tensor([bins.count(b) * measured.branches for b in range(measured.bins.count)], dtype=torch.float64)
     return (calls[:, None] * per_call)[:, None].expand(-1, expert.blocks, -1)
 
 
@@ -103,12 +98,3 @@ def _expert_schedule(
         errors=dict(zip(ERRORS, errors.tolist())),
         cost=costs[:, 0].tolist(),
     )
-
-
-def _bins(found: ExpertProducts) -> Bins:
-    return Bins(found.bin_edges)
-
-
-def _measured(found: ExpertProducts) -> MeasuredProducts:
-    bins = _bins(found)
-    return MeasuredProducts(found.prompts, found.t, [bins.index(t) for t in found.t], found.products)

@@ -8,7 +8,7 @@ squared error of the output (Hutchinson, "A stochastic estimator of the trace of
 Files of a unit:
 
     products.safetensors    products: float32 [probes, errors, blocks, sites, groups], the change of a probe by the
-                            errors of a group of neighboring tokens; the errors are those of ERRORS
+                            errors of a group of neighboring tokens; the errors are ERRORS of recipe/precision.py
     tokens.json             tokens of a call by site
 
 A prompt has the same probes in every step, so that the errors of a site in several steps can be added with their
@@ -34,10 +34,10 @@ from stepquant.models.manifest import ModelManifest
 from stepquant.models.sites import Site
 from stepquant.quantize.error_products import LayerPass, error_products
 from stepquant.quantize.quantized_layer import QuantizedLayer
+from stepquant.recipe.precision import ERRORS
 from stepquant.recipe.settings import quant_scheme
 from stepquant.storage.json_files import to_json
 
-ERRORS = ("activations", "activations_8_bit", "weights")
 # The errors of different groups are taken as independent, so with many groups fewer probes are enough.
 GROUPS = 64
 PRODUCTS, TOKENS = "products.safetensors", "tokens.json"

@@ -19,6 +19,7 @@ from stepquant.errors import DamagedFile, MissingFile
 from stepquant.models.bins import Bins
 from stepquant.models.prompts import check_measured
 from stepquant.params import Sensitivity
+from stepquant.recipe.precision import MeasuredProducts
 from stepquant.storage.json_files import read_json, to_json
 
 
@@ -85,33 +86,31 @@ class ExpertProducts:
 
     Attributes:
         bin_edges: of its bins, falling.
-        prompts: id of the prompt of each step.
-        t: of each step.
         branches: calls per step.
         tokens: tokens of a call by site.
-        products: float32 [steps, probes, errors, blocks, sites, groups].
+        measured: the products of all steps.
     """
 
     bin_edges: tuple[float, ...]
-    prompts: tuple[str, ...]
-    t: tuple[float, ...]
     branches: int
     tokens: dict[str, int]
-    products: Tensor
+    measured: MeasuredProducts
+
+    @property
+    def bins(self) -> Bins:
+        """The expert's bins."""
+        return Bins(self.bin_edges)
 
 
 def read_products(folder: Path) -> ExpertProducts:
     """The artifact of an expert. Raises UserError if it is missing or damaged."""
     manifest = read_json(folder / "manifest.json")
     steps = manifest["steps"]
-    return ExpertProducts(
-        tuple(manifest["bin_edges"]),
-        tuple(step["prompt"] for step in steps),
-        tuple(step["t"] for step in steps),
-        steps[0]["branches"],
-        read_json(folder / steps[0]["name"] / TOKENS),
-        torch.stack([_read(folder / step["name"] / PRODUCTS) for step in steps]),
-    )
+    prompts, t, bins = ([step[key] for step in steps] for key in ("prompt", "t", "bin"))
+    products = torch.stack([_read(folder / step["name"] / PRODUCTS) for step in steps])
+    tokens = read_json(folder / steps[0]["name"] / TOKENS)
+    measured = MeasuredProducts(prompts, t, bins, products)
+    return ExpertProducts(tuple(manifest["bin_edges"]), steps[0]["branches"], tokens, measured)
 
 
 def _read(file: Path) -> Tensor:

@@ -32,11 +32,6 @@ class SamplerResponse:
     outputs: Tensor
     start: Tensor
 
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self.outputs.shape[1]
-
 
 def sampler_response(config: Mapping[str, Any], steps: int, shift: float) -> SamplerResponse:
     """Ask a scheduler for its response.
@@ -57,7 +52,7 @@ def sampler_response(config: Mapping[str, Any], steps: int, shift: float) -> Sam
     initial = torch.zeros(steps + 2, dtype=torch.float64)
     initial[steps] = 1
     initial[-1] = torch.randn(1, generator=generator, dtype=torch.float64).item()
-    latents = torch.stack(_latents(config, steps, shift, outputs, initial))
+    latents = _latents(config, steps, shift, outputs, initial)
     response = SamplerResponse(latents[:, :steps], latents[:, steps])
     expected = response.outputs @ outputs[:, -1] + response.start * initial[-1]
     away = (expected - latents[:, -1]).abs().max() / latents[:, -1].abs().max()
@@ -69,8 +64,8 @@ def sampler_response(config: Mapping[str, Any], steps: int, shift: float) -> Sam
     return response
 
 
-def _latents(config: Mapping[str, Any], steps: int, shift: float, outputs: Tensor, initial: Tensor) -> list[Tensor]:
-    """The latent before every step, and the final one, each [probes], for outputs [steps, probes].
+def _latents(config: Mapping[str, Any], steps: int, shift: float, outputs: Tensor, initial: Tensor) -> Tensor:
+    """The latent before every step, and the final one, [steps + 1, probes], for outputs [steps, probes].
 
     Every probe is sampled on its own: samplers may use norms over the whole latent.
     """
@@ -82,4 +77,4 @@ def _latents(config: Mapping[str, Any], steps: int, shift: float, outputs: Tenso
             latent = scheduler_step(scheduler, output.view(1, 1, 1, 1, 1), t, latent)
             values.append(latent)
         found.append(torch.stack([value.reshape(()) for value in values]))
-    return list(torch.stack(found, dim=1))
+    return torch.stack(found, dim=1)

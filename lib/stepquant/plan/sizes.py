@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from stepquant.calibration import recorder
-from stepquant.calibration.sensitivity import ERRORS, GROUPS
+from stepquant.calibration.sensitivity import GROUPS
 from stepquant.formats import get_format
 from stepquant.plan.workload import ExpertRun, SiteShape, Workload, block_ranges, chunks, measured_steps, rows_kept
+from stepquant.recipe.precision import ERRORS
 from stepquant.recipe.site_files import ClipTable, ResidualFactors, Shapes, TransformFactors
 from stepquant.recipe.variants import VARIANTS
 from stepquant.runtime.layout import QuantizationSettings, linear_layout

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stepquant.errors import InvalidInput
 
-NARROW, WIDE, WEIGHTS = range(3)  # the errors of calibration/sensitivity.py: activations, in 8 bits, weights
+# The errors that are told apart, in the order in which they are stored (quantize/error_products.py).
+ERRORS = ("activations", "activations_8_bit", "weights")
 
 Slot = tuple[str, int, int, int]  # expert, bin, block, site
 
@@ -129,7 +130,8 @@ def choices(expert: str, errors: Tensor, costs: Tensor) -> list[Choice]:
         errors: [errors, bins, blocks, sites] from `squared_errors`.
         costs: [bins, blocks, sites].
     """
-    gains = errors[NARROW] - errors[WIDE]
+    activations, in_eight_bits, _ = errors
+    gains = activations - in_eight_bits
     return [
         Choice((expert, *index), gains[index].item(), costs[index].item())
         for index in map(tuple, torch.cartesian_prod(*map(torch.arange, gains.shape)).tolist())

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepquant.errors import DamagedFile, MissingFile
+from stepquant.recipe.precision import ERRORS
 from stepquant.storage.atomic import write_text
 from stepquant.storage.json_files import to_json
 
@@ -21,7 +22,7 @@ class ExpertSchedule(_Part):
         sites: names of the sites of a block, in order.
         eight_bit: bins whose activations take 8 bits, by block and site; others are not listed.
         errors: what each slot adds to the squared error of the final latent, by kind of error
-            (calibration/sensitivity.py): [bins, blocks, sites].
+            (ERRORS of recipe/precision.py): [bins, blocks, sites].
         cost: multiply-adds of each slot in a sampled video, [bins, sites], the same for every block.
     """
 
@@ -68,7 +69,7 @@ class Schedule(_Part):
 
 
 def _predicted(expert: ExpertSchedule, eight_bit: bool) -> float:
-    narrow, wide, weights = (expert.errors[kind] for kind in ("activations", "activations_8_bit", "weights"))
+    narrow, wide, weights = (expert.errors[kind] for kind in ERRORS)
     total = 0.0
     for b, blocks in enumerate(narrow):
         for block, sites in enumerate(blocks):
